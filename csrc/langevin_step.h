@@ -1,0 +1,28 @@
+// The arithmetic of one Langevin step, for host and device. Contract: python/ncpvae/ops/langevin_step.py.
+#pragma once
+
+#include "philox.h"
+
+namespace ncpvae::langevin {
+
+// The four standard Normals of block `block` = element / 4, in T arithmetic.
+template <typename T>
+NCPVAE_HD void normals(Seed seed, uint64_t block, T noise[4]) {
+  const Words words = random_words(seed, block, 0);
+  normal_pair<T>(words.x[0], words.x[1], noise[0], noise[1]);
+  normal_pair<T>(words.x[2], words.x[3], noise[2], noise[3]);
+}
+
+// z + ½λ·drift + √(λ·temperature)·ε
+template <typename T>
+NCPVAE_HD T step(T z, T drift, T half_step_size, T noise_scale, T noise) {
+  return z + half_step_size * drift + noise_scale * noise;
+}
+
+// score + (mean − z)/std²: the gradient of a Normal base prior added to that of log r
+template <typename T>
+NCPVAE_HD T drift_with_base(T z, T score, T mean, T std) {
+  return score + (mean - z) / (std * std);
+}
+
+}  // namespace ncpvae::langevin

@@ -1,0 +1,64 @@
+"""The torch library `ncpvae`: schemas defined from Python, kernels added by the compiled libraries.
+
+The plain-torch function of an op is its default kernel (`CompositeExplicitAutograd`), so every op works on
+every device that torch knows. `libncpvae_cpu` and `libncpvae_cuda` add kernels for their dispatch key to the
+same schema when they are loaded; torch's dispatcher does the choosing.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LIBRARY = torch.library.Library("ncpvae", "DEF")
+PACKAGE = Path(__file__).resolve().parent.parent
+#: why the native kernels of a dispatch key are not in use; a key that is missing here has its library loaded
+NATIVE_UNAVAILABLE: dict[str, str] = {}
+
+
+def define(schema: str, reference: Callable, fake: Callable | None = None) -> None:
+    """Define an op from its schema, with its plain-torch kernel and its shape function."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"ncpvae::{name}", fake, lib=LIBRARY)
+
+
+def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Register the gradient of the op `name`."""
+    torch.library.register_autograd(f"ncpvae::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def load_native() -> None:
+    """Load the compiled kernels that can run here; warn once where one that should load does not."""
+    if os.environ.get("NCPVAE_DISABLE_NATIVE", "0") not in ("", "0"):
+        NATIVE_UNAVAILABLE.update(CPU="NCPVAE_DISABLE_NATIVE is set", CUDA="NCPVAE_DISABLE_NATIVE is set")
+        return
+    _load("CPU", "libncpvae_cpu", warn=True)
+    if torch.version.cuda is None:
+        NATIVE_UNAVAILABLE["CUDA"] = "this torch is built without CUDA"
+    else:
+        _load("CUDA", "libncpvae_cuda", warn=torch.cuda.is_available())
+
+
+def _load(dispatch_key: str, stem: str, warn: bool) -> None:
+    found = sorted(PACKAGE.glob(f"{stem}.*"))
+    if not found:
+        reason = f"{stem} was not built: no {'CUDA' if dispatch_key == 'CUDA' else 'C++'} compiler or no torch headers at install time"
+    else:
+        try:
+            torch.ops.load_library(str(found[0]))
+            return
+        except OSError as error:
+            reason = f"{found[0].name} failed to load: {str(error).splitlines()[0]}"
+    NATIVE_UNAVAILABLE[dispatch_key] = reason
+    if warn:
+        warnings.warn(
+            f"ncpvae runs its {dispatch_key} ops on plain torch, slower than its own kernels: {reason}. "
+            "`python -m ncpvae.info` tells more.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
