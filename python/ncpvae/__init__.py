@@ -1,1 +1,48 @@
-"""ncpvae"""
+"""Noise contrastive priors and contrastive critics for variational autoencoders, on fused CPU and CUDA ops.
+
+A prior is a base distribution times a learned reweighting factor, p_NCP(z) ∝ r(z) p(z); a binary classifier's
+logit is log r. See `NoiseContrastivePrior`, `fit_ncp`, `SIR` and `Langevin`.
+"""
+
+from . import metrics, objectives, ops
+from .classifiers import MLPClassifier, ResidualClassifier
+from .distributions import BernoulliLikelihood, DiagonalMixture, NormalLikelihood, temper
+from .priors import GaussianMixture, LogNormalizer, NoiseContrastive, NoiseContrastivePrior, Normal
+from .samplers import SIR, Diagnostics, Langevin, SampleResult
+from .train import NCPResult, TrainingDiverged, TrainResult, fit_ncp, fit_vae
+from .vae import VAE, ConvDecoder, ConvEncoder, GaussianEncoder, MLPDecoder, MLPEncoder, VAEOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SIR",
+    "VAE",
+    "BernoulliLikelihood",
+    "ConvDecoder",
+    "ConvEncoder",
+    "DiagonalMixture",
+    "Diagnostics",
+    "GaussianEncoder",
+    "GaussianMixture",
+    "Langevin",
+    "LogNormalizer",
+    "MLPClassifier",
+    "MLPDecoder",
+    "MLPEncoder",
+    "NCPResult",
+    "NoiseContrastive",
+    "NoiseContrastivePrior",
+    "Normal",
+    "NormalLikelihood",
+    "ResidualClassifier",
+    "SampleResult",
+    "TrainResult",
+    "TrainingDiverged",
+    "VAEOutput",
+    "fit_ncp",
+    "fit_vae",
+    "metrics",
+    "objectives",
+    "ops",
+    "temper",
+]

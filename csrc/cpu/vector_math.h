@@ -1,0 +1,141 @@
+// Branch-free elementary functions that compilers turn into SIMD code, and sums whose order does not depend on the
+// SIMD width. Everything has internal linkage: sources compiled for several instruction sets may include it.
+//
+// The polynomials are Chebyshev fits made for this file. Error bounds are in units in the last place (ulp).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace ncpvae {
+namespace {
+
+template <typename To, typename From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Adding and subtracting 1.5·2^(mantissa bits) rounds to an integer, and leaves that integer in the low bits of the
+// sum: rounding and conversion without instructions that the baseline lacks.
+constexpr float kRoundFloat = 0x1.8p23f;
+constexpr double kRoundDouble = 0x1.8p52;
+
+inline float power_of_two(float rounded) {  // from n + kRoundFloat to 2^n, |n| ≤ 126
+  return bits_as<float>((bits_as<uint32_t>(rounded) + 127u) << 23);
+}
+inline double power_of_two(double rounded) {
+  return bits_as<double>((bits_as<uint64_t>(rounded) + 1023u) << 52);
+}
+
+// e^x within 2 ulp, subnormal results included; 0 at −inf, inf on overflow, NaN at NaN.
+inline float fast_exp(float x) {
+  x = x < -104.0f ? -104.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  const float n = (x * 0x1.715476p+0f + kRoundFloat) - kRoundFloat;
+  const float r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;
+  float q = 0x1.6d10fcp-10f;
+  q = q * r + 0x1.120b62p-7f;
+  q = q * r + 0x1.55551ap-5f;
+  q = q * r + 0x1.5554dep-3f;
+  q = q * r + 0.5f;
+  // 2^n in two factors, because n reaches beyond the exponents of normal numbers
+  const float half = 0.5f * n + kRoundFloat;
+  const float rest = (n - (half - kRoundFloat)) + kRoundFloat;
+  return (1.0f + (r + r * r * q)) * power_of_two(half) * power_of_two(rest);
+}
+
+inline double fast_exp(double x) {
+  x = x < -746.0 ? -746.0 : x;
+  x = x > 710.0 ? 710.0 : x;
+  const double n = (x * 0x1.71547652b82fep+0 + kRoundDouble) - kRoundDouble;
+  const double r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+  double q = 0x1.af389ecfc4b9cp-26;
+  q = q * r + 0x1.28917c89a43a7p-22;
+  q = q * r + 0x1.71de0db2f6b19p-19;
+  q = q * r + 0x1.a019b9149a41cp-16;
+  q = q * r + 0x1.a01a01a7c2efep-13;
+  q = q * r + 0x1.6c16c17889ef1p-10;
+  q = q * r + 0x1.11111111109b5p-7;
+  q = q * r + 0x1.5555555553d68p-5;
+  q = q * r + 0x1.5555555555556p-3;
+  q = q * r + 0.5;
+  const double half = 0.5 * n + kRoundDouble;
+  const double rest = (n - (half - kRoundDouble)) + kRoundDouble;
+  return (1.0 + (r + r * r * q)) * power_of_two(half) * power_of_two(rest);
+}
+
+// log x within 2 ulp for positive, normal, finite x.
+inline float fast_log(float x) {
+  // x = 2^e · m with m in [√½, √2), so that a result near 0 keeps its relative accuracy
+  const uint32_t shifted = bits_as<uint32_t>(x) - 0x3f3504f3u;
+  const float e = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float m = bits_as<float>((shifted & 0x007fffffu) + 0x3f3504f3u);
+  const float f = m - 1.0f;
+  const float s = f / (2.0f + f);  // log m = 2 artanh s
+  const float t = s * s;
+  const float q = (0x1.2f013ep-2f * t + 0x1.997b96p-2f) * t + 0x1.55555cp-1f;
+  return e * 0x1.62ep-1f + (2.0f * s + (s * t * q + e * 0x1.0bfbe8p-15f));
+}
+inline double fast_log(double x) { return std::log(x); }
+
+// sin and cos of an angle in [0, 2π], error below 1e-7
+inline void fast_sincos(float angle, float& sine, float& cosine) {
+  const float rounded = angle * 0x1.45f306p-1f + kRoundFloat;
+  const float k = rounded - kRoundFloat;  // quadrant, 0 … 4
+  const float r = (angle - k * 0x1.921fp+0f) - k * 0x1.6a8886p-17f;
+  const float t = r * r;
+  const float s = r + r * t * ((-0x1.9aaea8p-13f * t + 0x1.110bf6p-7f) * t - 0x1.555552p-3f);
+  const float c = 1.0f - 0.5f * t + t * t * ((0x1.9bc2fp-16f * t - 0x1.6c12aap-10f) * t + 0x1.555554p-5f);
+  const uint32_t quadrant = bits_as<uint32_t>(rounded);
+  const uint32_t swap = 0u - (quadrant & 1u);
+  const uint32_t s_bits = bits_as<uint32_t>(s), c_bits = bits_as<uint32_t>(c);
+  const uint32_t mixed = (s_bits ^ c_bits) & swap;
+  sine = bits_as<float>((s_bits ^ mixed) ^ ((quadrant & 2u) << 30));
+  cosine = bits_as<float>((c_bits ^ mixed) ^ (((quadrant + 1u) & 2u) << 30));
+}
+inline void fast_sincos(double angle, double& sine, double& cosine) {
+  sine = std::sin(angle);
+  cosine = std::cos(angle);
+}
+
+constexpr int64_t kLanes = 16;  // logical lanes of a reduction, whatever the width of the instructions
+
+template <typename T>
+inline T fold_lanes(const T (&lanes)[kLanes]) {
+  T half[8];
+  for (int64_t i = 0; i < 8; ++i) half[i] = lanes[i] + lanes[i + 8];
+  return ((half[0] + half[4]) + (half[2] + half[6])) + ((half[1] + half[5]) + (half[3] + half[7]));
+}
+
+template <typename T>
+inline T lane_sum(const T* values, int64_t size) {
+  T lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += values[i + l];
+  }
+  for (int64_t l = 0; i < size; ++i, ++l) lanes[l] += values[i];
+  return fold_lanes(lanes);
+}
+
+// The largest value, NaN passed over; −inf where there is none.
+template <typename T>
+inline T lane_max(const T* values, int64_t size) {
+  T lanes[kLanes];
+  for (T& lane : lanes) lane = -static_cast<T>(INFINITY);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = values[i + l] > lanes[l] ? values[i + l] : lanes[l];
+  }
+  for (int64_t l = 0; i < size; ++i, ++l) lanes[l] = values[i] > lanes[l] ? values[i] : lanes[l];
+  T most = lanes[0];
+  for (T lane : lanes) most = lane > most ? lane : most;
+  return most;
+}
+
+}  // namespace
+}  // namespace ncpvae

@@ -1,0 +1,1 @@
+"""Complete experiments on small data: `python -m ncpvae demo [gaussians|digits|mnist]`."""

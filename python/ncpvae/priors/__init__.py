@@ -1,0 +1,7 @@
+"""Priors: modules whose `forward(context=None)` returns a torch Distribution over z."""
+
+from .gaussian_mixture import GaussianMixture
+from .noise_contrastive import LogNormalizer, NoiseContrastive, NoiseContrastivePrior
+from .normal import Normal
+
+__all__ = ["GaussianMixture", "LogNormalizer", "NoiseContrastive", "NoiseContrastivePrior", "Normal"]

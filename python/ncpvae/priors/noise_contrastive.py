@@ -1,0 +1,264 @@
+"""The noise contrastive prior p_NCP(z) = r(z) p(z) / Z (NCP-VAE, section 3).
+
+A classifier told draws of the aggregate posterior q(z) from draws of the base prior p(z); its logit is log r.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from .. import _random, ops
+from ..distributions import temper
+from ..samplers import SIR, TILE, Langevin
+
+ROWS_AT_ONCE = 1 << 14  # rows given to the classifier at a time where no gradient is kept
+
+
+class LogNormalizer(NamedTuple):
+    """An estimate of log Z = log E_p[r(z)].
+
+    Attributes:
+        value: log of the mean of r over base draws, nats. On average below log Z, by Jensen's inequality, so that
+            a likelihood computed with it is optimistic, the more so the larger `standard_error`.
+        standard_error: of `value`, by the delta method: √(1/ESS − 1/n).
+        ess: effective sample size of the draws.
+        num_samples: n.
+    """
+
+    value: float
+    standard_error: float
+    ess: float
+    num_samples: int
+
+
+class NoiseContrastive(Distribution):
+    """The distribution p_NCP(z) = r(z) p(z) / Z.
+
+    Args:
+        base: p(z), with event shape [*event].
+        classifier: (z, context) → log r, see `ncpvae.classifiers`.
+        context: [B, …] for a base with batch shape [B], handed to the classifier.
+        log_normalizer: log Z in nats, where it is known; without it there is no `log_prob`.
+    """
+
+    arg_constraints = {}
+    support = constraints.real
+
+    def __init__(
+        self,
+        base: Distribution,
+        classifier: nn.Module,
+        context: Tensor | None = None,
+        log_normalizer: float | Tensor | None = None,
+    ):
+        if not isinstance(base, Distribution):
+            raise TypeError(f"NoiseContrastive: base must be a torch Distribution, got {type(base).__name__}")
+        if not base.event_shape:
+            raise ValueError(
+                "NoiseContrastive: base must have an event shape, got one with a batch shape only; "
+                "wrap it in torch.distributions.Independent"
+            )
+        self.base, self.classifier, self.context, self.log_normalizer = base, classifier, context, log_normalizer
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def log_ratio(self, z: Tensor) -> Tensor:
+        """log r(z), nats: z [..., *batch, *event] → [..., *batch].
+
+        Without gradients the classifier sees a bounded number of rows at a time.
+
+        Raises:
+            ValueError: where z does not fit the base, or the classifier's output is not one number per z.
+        """
+        event = self.event_shape
+        if z.shape[z.dim() - len(event) :] != event:
+            raise ValueError(f"log_ratio: z must be [..., {', '.join(map(str, event))}], got shape {tuple(z.shape)}")
+        leading = z.shape[: z.dim() - len(event)]
+        if self.context is not None:  # the classifier wants the context's B first: [B, M, *event]
+            z = z.movedim(len(leading) - 1, 0)
+            return self._checked(self.classifier(z, self.context), z).movedim(0, -1)
+        rows = z.reshape(-1, *event)
+        if torch.is_grad_enabled() or len(rows) <= ROWS_AT_ONCE:
+            out = self._checked(self.classifier(rows), rows)
+        else:
+            out = torch.cat([self._checked(self.classifier(part), part) for part in rows.split(ROWS_AT_ONCE)])
+        return out.view(leading)
+
+    def _checked(self, log_ratio: Tensor, z: Tensor) -> Tensor:
+        expected = z.shape[: z.dim() - len(self.event_shape)]
+        if log_ratio.shape != expected:
+            raise ValueError(
+                f"classifier must return one logit per z, shape {tuple(expected)}, got {tuple(log_ratio.shape)}"
+            )
+        return log_ratio
+
+    def unnormalized_log_prob(self, z: Tensor) -> Tensor:
+        """log r(z) + log p(z), nats; [..., *batch]."""
+        return self.log_ratio(z) + self.base.log_prob(z)
+
+    def energy(self, z: Tensor) -> Tensor:
+        """E(z) = −log r(z) − log p(z) (NCP-VAE, section 3.3)."""
+        return -self.unnormalized_log_prob(z)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log r(z) + log p(z) − log Ẑ, nats.
+
+        Raises:
+            RuntimeError: where log Z has not been estimated.
+        """
+        if self.log_normalizer is None:
+            raise RuntimeError(
+                "log_prob needs log Z: call estimate_log_normalizer(num_samples) first, "
+                "or use unnormalized_log_prob or snis_log_prob"
+            )
+        return self.unnormalized_log_prob(z) - self.log_normalizer
+
+    @torch.no_grad()
+    def estimate_log_normalizer(
+        self, num_samples: int = 100_000, generator: torch.Generator | None = None
+    ) -> LogNormalizer:
+        """Estimate log Z = log E_p[r] by base draws, streamed, and keep it for `log_prob`.
+
+        Args:
+            num_samples: base draws, ≥ 2. Memory does not depend on it.
+            generator: governs the draws.
+
+        Raises:
+            ValueError: for a distribution with a context, each of which has a Z of its own; for a ratio that is NaN.
+        """
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 2:
+            raise ValueError(f"estimate_log_normalizer: num_samples must be an integer ≥ 2, got {num_samples!r}")
+        if self.batch_shape:
+            raise ValueError(f"estimate_log_normalizer: the base must have no batch, got {tuple(self.batch_shape)}")
+        state = None
+        with _random.scoped(generator):
+            for start in range(0, num_samples, 16 * TILE):
+                log_r = self.log_ratio(self.base.sample((min(16 * TILE, num_samples - start),)))[None]
+                if state is None:
+                    state, seed = ops.sir_state(1, device=log_r.device), ops.draw_seed(log_r.device)
+                state = ops.sir_update(state, log_r, seed)
+        assert state is not None
+        value, ess = float(state.log_mean_weight), float(state.ess)
+        if not math.isfinite(value):
+            raise ValueError(f"estimate_log_normalizer: log_ratio must be finite at base draws, got log Z = {value}")
+        self.log_normalizer = value
+        standard_error = math.sqrt(max(0.0, 1 / ess - 1 / num_samples))
+        return LogNormalizer(value, standard_error, ess, num_samples)
+
+    def snis_log_prob(self, z: Tensor, num_proposals: int = 1024, generator: torch.Generator | None = None) -> Tensor:
+        """A valid bound on the log-density of the finite-K SIR sampler, nats; [..., *batch].
+
+        log p(z) + log r(z) − log( (r(z) + Σ_{k=2…K} r(z_k)) / K ), z_k ~ p. Its expectation over z_2…z_K bounds the
+        log-density of what `SIR(K)` draws from below, and needs no log Z. In an importance-weighted likelihood
+        it keeps the bound valid. One call shares its K − 1 draws between all z.
+
+        Args:
+            z: [..., *event].
+            num_proposals: K ≥ 1; K = 1 is the base itself.
+
+        Source: Lawson, Tucker, Dai, Ranganath, "Energy-inspired models: learning with sampler-induced
+        distributions", NeurIPS 2019.
+        """
+        if isinstance(num_proposals, bool) or not isinstance(num_proposals, int) or num_proposals < 1:
+            raise ValueError(f"snis_log_prob: num_proposals must be an integer ≥ 1, got {num_proposals!r}")
+        log_r, log_p = self.log_ratio(z), self.base.log_prob(z)
+        if num_proposals == 1:
+            return log_p
+        with torch.no_grad(), _random.scoped(generator):
+            others = self.log_ratio(self.base.sample((num_proposals - 1,))).logsumexp(0)
+        return log_p + log_r - torch.logaddexp(log_r, others) + math.log(num_proposals)
+
+    def tempered(self, temperature: float) -> "NoiseContrastive":
+        """The same ratio over the base with its σ scaled by `temperature` (NCP-VAE, section 5.2); its Z is unknown."""
+        if temperature == 1.0:
+            return self
+        return NoiseContrastive(temper(self.base, temperature), self.classifier, self.context)
+
+    def sample(
+        self,
+        sample_shape: torch.Size | tuple[int, ...] = (),
+        sampler: SIR | Langevin | None = None,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Draw z [*sample_shape, *batch, *event], by SIR with 5,000 proposals unless another sampler is given.
+
+        The sampler's own `sample` gives diagnostics too.
+        """
+        sampler = SIR() if sampler is None else sampler
+        return sampler.sample(self.tempered(temperature), tuple(sample_shape), generator).z
+
+
+class NoiseContrastivePrior(nn.Module):
+    """A base prior and the classifier that mends it; `forward(context)` returns the `NoiseContrastive` distribution.
+
+    The methods below are the distribution's, for a prior without context; see there for what they return.
+
+    Args:
+        base: p(z): a Distribution, or a module whose forward(context) returns one.
+        classifier: module (z, context=None) → log r, from `ncpvae.classifiers` or your own.
+
+    Example:
+        >>> prior = NoiseContrastivePrior(Normal(8), MLPClassifier(8, hidden=(64, 64)))
+        >>> prior.sample((16,), sampler=SIR(num_proposals=100)).shape
+        torch.Size([16, 8])
+
+    Source: "NCP-VAE: variational autoencoders with noise contrastive priors", ICLR 2021 submission; Aneja, Schwing,
+    Kautz, Vahdat, "A contrastive learning approach for training variational autoencoder priors", NeurIPS 2021.
+    """
+
+    def __init__(self, base: nn.Module | Distribution, classifier: nn.Module):
+        super().__init__()
+        if not isinstance(base, (nn.Module, Distribution)):
+            raise TypeError(f"NoiseContrastivePrior: base must be a Distribution or a module, got {type(base).__name__}")
+        if not isinstance(classifier, nn.Module):
+            raise TypeError(f"NoiseContrastivePrior: classifier must be a module, got {type(classifier).__name__}")
+        self.base, self.classifier = base, classifier
+        self.register_buffer("log_normalizer", torch.tensor(math.nan, dtype=torch.float64))
+
+    def base_distribution(self, context: Tensor | None = None) -> Distribution:
+        """p(z), or p(z | context)."""
+        return self.base if isinstance(self.base, Distribution) else self.base(context)
+
+    def forward(self, context: Tensor | None = None) -> NoiseContrastive:
+        known = context is None and not self.log_normalizer.isnan()
+        log_normalizer = float(self.log_normalizer) if known else None
+        return NoiseContrastive(self.base_distribution(context), self.classifier, context, log_normalizer)
+
+    def estimate_log_normalizer(
+        self, num_samples: int = 100_000, generator: torch.Generator | None = None
+    ) -> LogNormalizer:
+        """Estimate log Z and keep it with the module's state; training the classifier again forgets it."""
+        estimate = self.forward().estimate_log_normalizer(num_samples, generator)
+        self.log_normalizer.fill_(estimate.value)
+        return estimate
+
+    def forget_log_normalizer(self) -> None:
+        """Mark log Z as unknown, because the base or the classifier has changed."""
+        self.log_normalizer.fill_(math.nan)
+
+    def log_ratio(self, z: Tensor) -> Tensor:
+        return self.forward().log_ratio(z)
+
+    def unnormalized_log_prob(self, z: Tensor) -> Tensor:
+        return self.forward().unnormalized_log_prob(z)
+
+    def energy(self, z: Tensor) -> Tensor:
+        return self.forward().energy(z)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.forward().log_prob(z)
+
+    def snis_log_prob(self, z: Tensor, num_proposals: int = 1024, generator: torch.Generator | None = None) -> Tensor:
+        return self.forward().snis_log_prob(z, num_proposals, generator)
+
+    def sample(
+        self,
+        sample_shape: torch.Size | tuple[int, ...] = (),
+        sampler: SIR | Langevin | None = None,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        return self.forward().sample(sample_shape, sampler, generator, temperature)

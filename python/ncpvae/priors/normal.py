@@ -1,0 +1,45 @@
+"""The standard choice: a diagonal Normal."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ..distributions import diagonal_normal
+
+
+class Normal(nn.Module):
+    """N(mean, diag(std)²) over z of any shape; N(0, I) unless given otherwise.
+
+    Args:
+        shape: D, or the event's shape.
+        mean, std: broadcastable to it; std > 0.
+        learn: train mean and log std with the VAE.
+    """
+
+    def __init__(
+        self,
+        shape: int | tuple[int, ...],
+        mean: Tensor | float = 0.0,
+        std: Tensor | float = 1.0,
+        learn: bool = False,
+    ):
+        super().__init__()
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        mean, std = (torch.as_tensor(v, dtype=torch.get_default_dtype()).expand(shape).clone() for v in (mean, std))
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise ValueError("Normal: mean must be finite and std finite and > 0")
+        if learn:
+            self.mean, self.log_std = nn.Parameter(mean), nn.Parameter(std.log())
+        else:
+            self.register_buffer("mean", mean)
+            self.register_buffer("log_std", std.log())
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        return diagonal_normal(self.mean, self.log_std.exp(), self.mean.dim())
+
+    @classmethod
+    def fit(cls, codes: Tensor) -> "Normal":
+        """The Normal with the mean and standard deviation of `codes` [N, …], coordinate by coordinate."""
+        if codes.dim() < 2 or len(codes) < 2:
+            raise ValueError(f"Normal.fit: codes must be [N, …] with N ≥ 2, got shape {tuple(codes.shape)}")
+        return cls(tuple(codes.shape[1:]), codes.mean(0), codes.std(0).clamp_min(1e-6))

@@ -1,0 +1,259 @@
+"""Samplers of a reweighted distribution p(z) ∝ r(z) · base(z).
+
+A sampler needs a distribution with a `base`, `log_ratio(z)`, `batch_shape` and `event_shape`, and nothing else.
+Letters: B rows (independent sets of proposals), M proposals per row, n draws kept per row, T steps.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from . import _random, ops
+from .distributions import normal_parameters
+
+TILE = ops.reference.TILE
+MAX_PROPOSALS_HELD = 1 << 18  # proposals in memory at once, over all rows
+
+
+class ReweightedDistribution(Protocol):
+    """What samplers ask of a distribution."""
+
+    base: Distribution
+
+    @property
+    def batch_shape(self) -> torch.Size: ...
+
+    @property
+    def event_shape(self) -> torch.Size: ...
+
+    def log_ratio(self, z: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """How a sampler fared.
+
+    Attributes:
+        ess: [B], effective sample size of each row's base draws, out of `num_proposals`.
+        log_normalizer: log Z estimated from all base draws, nats; an under-estimate on average (Jensen).
+        num_proposals: base draws per row.
+        stopped: "num_proposals", "min_ess", "max_proposals" or "num_steps": what ended the sampling.
+        seconds: wall-clock time.
+    """
+
+    ess: Tensor
+    log_normalizer: float
+    num_proposals: int
+    stopped: str
+    seconds: float
+
+
+class SampleResult(NamedTuple):
+    """Samples [*shape, *batch, *event] and how they came about."""
+
+    z: Tensor
+    diagnostics: Diagnostics
+
+
+def _positive_int(owner: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{owner}: {name} must be ≥ 1, got {value}")
+
+
+@dataclass(frozen=True)
+class SIR:
+    """Sampling-importance-resampling (NCP-VAE, section 3.3): keep one of M base draws, with probability ∝ r(z).
+
+    Proposals are drawn, weighted and dropped chunk by chunk, so memory does not grow with their number.
+
+    Args:
+        num_proposals: M for each sample.
+        chunk_size: proposals held per sample at a time; 1,024 by default. Multiples of 1,024 all use the same
+            random draws and so, to rounding, give the same samples.
+        min_ess: go on drawing until every row's effective sample size is at least this …
+        max_proposals: … or it has had this many proposals; 100 · num_proposals by default. The diagnostics say which.
+        draws_per_row: samples taken from each set of proposals. Above 1, M is shared: cheaper, each sample still
+            has the same distribution, but samples of a set are dependent and may repeat.
+    """
+
+    num_proposals: int = 5000
+    chunk_size: int | None = None
+    min_ess: float | None = None
+    max_proposals: int | None = None
+    draws_per_row: int = 1
+
+    def __post_init__(self) -> None:
+        _positive_int("SIR", "num_proposals", self.num_proposals)
+        _positive_int("SIR", "draws_per_row", self.draws_per_row)
+        for name in ("chunk_size", "max_proposals"):
+            if getattr(self, name) is not None:
+                _positive_int("SIR", name, getattr(self, name))
+        if self.min_ess is not None and not (math.isfinite(self.min_ess) and self.min_ess > 0):
+            raise ValueError(f"SIR: min_ess must be finite and > 0, got {self.min_ess}")
+        if self.max_proposals is not None and self.max_proposals < self.num_proposals:
+            raise ValueError(f"SIR: max_proposals must be ≥ num_proposals, got {self.max_proposals} < {self.num_proposals}")
+
+    @torch.no_grad()
+    def sample(
+        self, distribution: ReweightedDistribution, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+    ) -> SampleResult:
+        """Draw [*shape, *batch, *event] and the diagnostics.
+
+        Raises:
+            ValueError: where the log-ratio of a row's proposals is NaN, +inf, or −inf for all of them.
+        """
+        start = time.perf_counter()
+        shape, batch, n = torch.Size(shape), distribution.batch_shape, self.draws_per_row
+        sets = -(-shape.numel() // n)  # of proposals, per element of the batch
+        per_block = max(1, MAX_PROPOSALS_HELD // (max(1, batch.numel()) * (self.chunk_size or TILE)))
+        with _random.scoped(generator):
+            blocks = [self._block(distribution, min(per_block, sets - i)) for i in range(0, sets, per_block)]
+        if not blocks:
+            raise ValueError(f"SIR: shape must hold at least one sample, got {tuple(shape)}")
+        z = torch.cat([z for z, *_ in blocks])  # [sets, n, *batch, *event]
+        z = z.flatten(0, 1)[: shape.numel()].view(*shape, *batch, *distribution.event_shape)
+        ess = torch.cat([state.ess for _, state, _ in blocks])
+        log_mean = torch.cat([state.log_mean_weight for _, state, _ in blocks])
+        counts = torch.tensor([float(state.count) for _, state, _ in blocks for _ in state.ess], dtype=torch.float64)
+        total = torch.logsumexp(log_mean.cpu() + counts.log(), 0) - counts.sum().log()
+        used = max(state.count for _, state, _ in blocks)
+        stopped = {s for *_, s in blocks}
+        reason = "max_proposals" if "max_proposals" in stopped else stopped.pop()
+        return SampleResult(z, Diagnostics(ess, float(total), used, reason, time.perf_counter() - start))
+
+    def _block(self, distribution: ReweightedDistribution, sets: int) -> tuple[Tensor, ops.SIRState, str]:
+        """`sets` sets of proposals for each element of the batch: z [sets, n, *batch, *event], state, reason."""
+        event, n, seed, state = distribution.event_shape, self.draws_per_row, None, None
+        z = None
+        for proposals in self._proposals(distribution, sets):  # [m, sets, *batch, *event]
+            log_weights = distribution.log_ratio(proposals).flatten(1).T  # [rows, m]
+            proposals = proposals.reshape(len(proposals), -1, *event)
+            if state is None:
+                seed = ops.draw_seed(proposals.device)
+                state = ops.sir_state(log_weights.shape[0], n, proposals.device)
+                z = proposals.new_zeros(log_weights.shape[0], n, *event)
+            first, chosen = state.next_index, state.index
+            state = ops.sir_update(state, log_weights, seed)
+            row = torch.arange(len(z), device=z.device)[:, None]
+            candidate = proposals[(state.index - first).clamp_min(0), row]  # [rows, n, *event]
+            changed = (state.index != chosen).view(len(z), n, *(1,) * len(event))
+            z = torch.where(changed, candidate, z)
+            if self._enough(state):
+                break
+        if (state.index < 0).any():
+            row = int((state.index < 0).any(1).nonzero()[0])
+            raise ValueError(
+                f"SIR: log_ratio must be finite for some proposal and never NaN or +inf, got log mean weight "
+                f"{float(state.log_mean_weight[row])} for row {row} of {len(z)}"
+            )
+        batch = distribution.batch_shape
+        z = z.view(sets, *batch, n, *event).movedim(1 + len(batch), 1)
+        if self.min_ess is None:
+            return z, state, "num_proposals"
+        return z, state, "min_ess" if self._enough(state) else "max_proposals"
+
+    def _enough(self, state: ops.SIRState) -> bool:
+        """Whether `min_ess` is reached; it is looked at, which waits for the device, only where it is asked for."""
+        if self.min_ess is None or state.count < self.num_proposals:
+            return False
+        return bool((state.ess >= self.min_ess).all())
+
+    def _proposals(self, distribution: ReweightedDistribution, sets: int) -> Iterator[Tensor]:
+        """Chunks of base draws, made in pieces of at most one tile so that the chunk size moves no random number."""
+        limit = self.num_proposals if self.min_ess is None else self.max_proposals or 100 * self.num_proposals
+        chunk = self.chunk_size or TILE
+        for start in range(0, limit, chunk):
+            stop = min(start + chunk, limit)
+            pieces = [min(TILE, stop - i) for i in range(start, stop, TILE)]
+            yield torch.cat([distribution.base.sample((m, sets)) for m in pieces])
+
+
+@dataclass(frozen=True)
+class Langevin:
+    """Unadjusted Langevin dynamics from a base draw (NCP-VAE, section 3.3): z ← z − ½λ∇E(z) + √λ ε.
+
+    Args:
+        num_steps: T.
+        step_size: λ > 0, in squared units of z, or of ε where `space` is "epsilon".
+        space: "z", or "epsilon": run on ε with z = μ + σε, so that the base's σ scales out. The latter, and the
+            fused base gradient in the former, need a base with independent Normal coordinates; other bases are
+            differentiated through `log_prob`.
+        temperature: scales the noise's variance; 1 samples, 0 climbs to a mode.
+    """
+
+    num_steps: int = 1000
+    step_size: float = 1e-2
+    space: str = "z"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive_int("Langevin", "num_steps", self.num_steps)
+        if not (math.isfinite(self.step_size) and self.step_size > 0):
+            raise ValueError(f"Langevin: step_size must be finite and > 0, got {self.step_size}")
+        if self.space not in ("z", "epsilon"):
+            raise ValueError(f"Langevin: space must be 'z' or 'epsilon', got {self.space!r}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"Langevin: temperature must be finite and ≥ 0, got {self.temperature}")
+
+    @torch.no_grad()
+    def sample(
+        self, distribution: ReweightedDistribution, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+    ) -> SampleResult:
+        """Draw [*shape, *batch, *event]; ESS and log Z in the diagnostics are those of the starting base draws.
+
+        Raises:
+            TypeError: for "epsilon" with a base that is not Normal with independent coordinates.
+            ValueError: where a chain leaves the finite numbers, with the advice to take smaller steps.
+        """
+        start = time.perf_counter()
+        base = distribution.base
+        normal = normal_parameters(base)
+        if self.space == "epsilon" and normal is None:
+            raise TypeError(f"Langevin: space 'epsilon' needs a Normal base, got {type(base).__name__}")
+        with _random.scoped(generator):
+            z = base.sample(torch.Size(shape)).contiguous()
+            seed = ops.draw_seed(z.device)
+        log_ratio = distribution.log_ratio(z)
+        next_step = torch.tensor([0, 1], device=z.device)
+        if self.space == "epsilon":
+            mean, std = normal
+            to_z, state = (lambda e: mean + std * e), (z - mean) / std
+            prior = {"base_mean": torch.zeros_like(std), "base_std": torch.ones_like(std)}
+        else:
+            to_z, state = (lambda v: v), z
+            prior = {} if normal is None else {"base_mean": normal[0], "base_std": normal[1]}
+        for _ in range(self.num_steps):
+            score = self._score(distribution, to_z, state, with_base=normal is None)
+            ops.langevin_step_(state, score, seed, self.step_size, **prior, temperature=self.temperature)
+            seed = seed + next_step
+        z = to_z(state)
+        if not torch.isfinite(z).all():
+            raise ValueError(f"Langevin: a chain diverged; step_size must be smaller than {self.step_size} here")
+        ess, log_normalizer = _base_draws(log_ratio)
+        return SampleResult(z, Diagnostics(ess, log_normalizer, 1, "num_steps", time.perf_counter() - start))
+
+    @staticmethod
+    def _score(distribution: ReweightedDistribution, to_z, state: Tensor, with_base: bool) -> Tensor:
+        """∇ of log r, and of log base where the op does not add it, with respect to the chain's own variable."""
+        with torch.enable_grad():
+            state = state.detach().requires_grad_()
+            z = to_z(state)
+            log_p = distribution.log_ratio(z)
+            if with_base:
+                log_p = log_p + distribution.base.log_prob(z)
+            return torch.autograd.grad(log_p.sum(), state)[0].contiguous()
+
+
+def _base_draws(log_ratio: Tensor) -> tuple[Tensor, float]:
+    """Effective sample size [1] and log-mean weight of base draws with these log-ratios."""
+    row = log_ratio.reshape(1, -1)
+    state = ops.sir_update(ops.sir_state(1, device=row.device), row, ops.draw_seed(row.device))
+    return state.ess, float(state.log_mean_weight)
