@@ -70,18 +70,30 @@ template <>
 NCPVAE_HD void normal_pair<float>(uint32_t first, uint32_t second, float& a, float& b) {
   const float u = static_cast<float>(first) * 0x1p-32f + 0x1p-33f;
   const float radius = sqrtf(-2.0f * logf(u));
+#if defined(__CUDA_ARCH__)
+  sincospif(static_cast<float>(second) * 0x1p-31f, &b, &a);  // in half turns: no reduction of large arguments
+  a *= radius;
+  b *= radius;
+#else
   const float angle = static_cast<float>(second) * static_cast<float>(6.283185307179586 * 0x1p-32);
   a = radius * cosf(angle);
   b = radius * sinf(angle);
+#endif
 }
 
 template <>
 NCPVAE_HD void normal_pair<double>(uint32_t first, uint32_t second, double& a, double& b) {
   const double u = static_cast<double>(first) * 0x1p-32 + 0x1p-33;
   const double radius = sqrt(-2.0 * log(u));
+#if defined(__CUDA_ARCH__)
+  sincospi(static_cast<double>(second) * 0x1p-31, &b, &a);
+  a *= radius;
+  b *= radius;
+#else
   const double angle = static_cast<double>(second) * (6.283185307179586 * 0x1p-32);
   a = radius * cos(angle);
   b = radius * sin(angle);
+#endif
 }
 
 }  // namespace ncpvae

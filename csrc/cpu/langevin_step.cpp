@@ -1,10 +1,10 @@
 // CPU kernels of langevin_step and langevin_step_. Contract: python/ncpvae/ops/langevin_step.py.
-#include "../langevin_step.h"
+#include "langevin_step.h"
 
 #include <optional>
 #include <vector>
 
-#include "../tensor.h"
+#include "tensor.h"
 #include "vector_math.h"
 
 namespace ncpvae {
@@ -159,7 +159,7 @@ void run(const char* op, const Tensor& z, const Tensor& score, const Tensor& see
   check_seed(op, seed);
   STD_TORCH_CHECK(base_mean.has_value() == base_std.has_value(), op,
                   ": base_mean and base_std must be given together, got only one of them");
-  const Tensor dense_z = contiguous(z), dense_score = contiguous(score), dense_seed = contiguous(seed);
+  const Tensor dense_z = as_contiguous(z), dense_score = as_contiguous(score), dense_seed = as_contiguous(seed);
   const int64_t* words = data<int64_t>(dense_seed);
   dispatch_floating(op, "z", type, [&](auto zero) {
     using T = decltype(zero);

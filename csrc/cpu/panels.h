@@ -5,42 +5,18 @@
 #include <cstring>
 #include <memory>
 
-#include "../logsumexp.h"
 #include "vector_math.h"
 
 namespace ncpvae {
 namespace {
 
-// Width of the registers, and how many rows and vectors of a product they hold at once.
-#if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64, kProductRows = 8, kProductVectors = 2;
-#elif defined(__AVX2__)
-constexpr int64_t kVectorBytes = 32, kProductRows = 6, kProductVectors = 2;
-#else
-constexpr int64_t kVectorBytes = 16, kProductRows = 4, kProductVectors = 2;
-#endif
+// How many rows and vectors of a product the registers hold at once.
+constexpr int64_t kProductRows = kVectorBytes == 64 ? 8 : kVectorBytes == 32 ? 6 : 4;
+constexpr int64_t kProductVectors = 2;
 
-template <typename A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kVectorBytes)));
-  static constexpr int64_t lanes = kVectorBytes / sizeof(A);
-};
-template <typename A>
-using Vector = typename VectorOf<A>::type;
-
-template <typename A>
-inline Vector<A> load(const A* from) {
-  Vector<A> v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-template <typename A>
-inline void store(A* to, Vector<A> v) {
-  std::memcpy(to, &v, sizeof v);
-}
-
-constexpr int64_t kPadding = 16;      // columns of packed operands are padded to a multiple of this
-constexpr int64_t kRowBlock = 24;     // rows of a tile of scores: a multiple of every kProductRows
+constexpr int64_t kPadding = 16;       // columns of packed operands are padded to a multiple of this
+constexpr int64_t kDepthBlock = 64;    // terms of an inner product that are summed at a stretch
+constexpr int64_t kRowBlock = 24;      // rows of a tile of scores: a multiple of every kProductRows
 constexpr int64_t kColumnBlock = 256;  // columns of a tile of scores: rows × columns fit the first-level cache
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -67,17 +43,12 @@ inline void pack_panels(const T* from, int64_t rows, int64_t columns, A* to) {
   }
 }
 
-// c[rows, vectors · lanes] = or += a[rows, depth] · b[depth, vectors · lanes], all in registers
+// c[rows, vectors · lanes] = or += a[rows, depth] · b[depth, vectors · lanes], the sum in registers
 template <bool kAdd, int64_t rows, int64_t vectors, typename A>
 inline void product_block(const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth, A* c,
                           int64_t c_stride) {
   constexpr int64_t lanes = VectorOf<A>::lanes;
-  Vector<A> sum[rows][vectors];
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < vectors; ++v) sum[i][v] = kAdd ? load(c + i * c_stride + v * lanes) : Vector<A>{};
-  }
+  Vector<A> sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector<A> right[vectors];
 #pragma GCC unroll 4
@@ -92,33 +63,60 @@ inline void product_block(const A* a, int64_t a_stride, const A* b, int64_t b_st
 #pragma GCC unroll 16
   for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < vectors; ++v) store(c + i * c_stride + v * lanes, sum[i][v]);
+    for (int64_t v = 0; v < vectors; ++v) {
+      A* to = c + i * c_stride + v * lanes;
+      store(to, kAdd ? load(to) + sum[i][v] : sum[i][v]);
+    }
   }
 }
 
-// The same for any number of rows, and a panel of kPadding columns.
+// The same for any number of rows, a panel of kPadding columns, and depth in blocks: sums of sums round less.
 template <bool kAdd, typename A>
 inline void product_panel(const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth, A* c,
                           int64_t c_stride, int64_t rows) {
   constexpr int64_t vectors = kPadding / VectorOf<A>::lanes < kProductVectors ? 1 : kProductVectors;
   constexpr int64_t width = vectors * VectorOf<A>::lanes;
+  const int64_t block = depth < kDepthBlock ? depth : kDepthBlock;
   for (int64_t column = 0; column < kPadding; column += width) {
+    const A* right = b + column;
     int64_t i = 0;
     for (; i + kProductRows <= rows; i += kProductRows) {
-      product_block<kAdd, kProductRows, vectors>(a + i * a_stride, a_stride, b + column, b_stride, depth,
+      product_block<kAdd, kProductRows, vectors>(a + i * a_stride, a_stride, right, b_stride, block,
                                                  c + i * c_stride + column, c_stride);
     }
     for (; i < rows; ++i) {
-      product_block<kAdd, 1, vectors>(a + i * a_stride, a_stride, b + column, b_stride, depth,
-                                      c + i * c_stride + column, c_stride);
+      product_block<kAdd, 1, vectors>(a + i * a_stride, a_stride, right, b_stride, block, c + i * c_stride + column,
+                                      c_stride);
     }
+  }
+  if (block < depth) {
+    product_panel<true>(a + block, a_stride, b + block * b_stride, b_stride, depth - block, c, c_stride, rows);
   }
 }
 
-// Folds Σ exp(v − max) of further values into a running logsumexp. A NaN among the values shows in the sum only.
+// Logsumexps under way, side by side: `max` and Σ exp(v − max) of the values seen, −inf and 0 before any. Their value is
+// max + log(sum), also where values are ±inf or NaN: an infinite maximum counts its occurrences in the sum, and a NaN
+// shows in the sum alone.
 template <typename A>
-inline void fold(RunningLogSumExp<A>& running, A max, A sum) {
-  running.merge(std::isnan(sum) && max < INFINITY ? static_cast<A>(NAN) : max, sum);
+inline void merge_logsumexp(A* max, A* sum, const A* other_max, const A* other_sum, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    const A most = other_max[i] > max[i] ? other_max[i] : max[i];
+    const A mine = max[i] == most ? A(1) : fast_exp(max[i] - most);
+    const A theirs = other_max[i] == most ? A(1) : fast_exp(other_max[i] - most);
+    sum[i] = sum[i] * mine + other_sum[i] * theirs;
+    max[i] = most;
+  }
+}
+
+// values becomes exp(value − max), with 1 where they are equal; returns the sum
+template <typename A>
+inline A exponentiate(A* values, int64_t size, A max) {
+  if (max > -INFINITY && max < INFINITY) {
+    for (int64_t i = 0; i < size; ++i) values[i] = fast_exp(values[i] - max);
+  } else {
+    for (int64_t i = 0; i < size; ++i) values[i] = values[i] == max ? A(1) : fast_exp(values[i] - max);
+  }
+  return lane_sum(values, size);
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // CPU kernels of sir_resample and sir_update. Contract: python/ncpvae/ops/sir_resample.py.
-#include "../sir_resample.h"
+#include "sir_resample.h"
 
 #include <tuple>
 #include <vector>
 
-#include "../tensor.h"
+#include "tensor.h"
 #include "vector_math.h"
 
 namespace ncpvae {
@@ -29,23 +29,22 @@ struct Tile {
 
 template <typename A>
 void sum_blocks(Tile<A>& tile) {
-  double total = 0, squares[8] = {};
+  double total = 0;
+  Lanes<double> squares = {};
   for (int64_t block = 0; block < kBlocks; ++block) {
-    const A* e = tile.e + block * kBlock;
-    double sums[8] = {};
-    for (int64_t i = 0; i < kBlock; i += 8) {
-      for (int64_t l = 0; l < 8; ++l) {
-        const double value = e[i + l];
-        sums[l] += value;
-        squares[l] += value * value;
-      }
+    const A* values = tile.e + block * kBlock;
+    Lanes<double> sum = {};
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kBlock; i += sum.width) {
+      const Vector<double> e = load_double(values + i);
+      sum.part[i / sum.width % sum.parts] += e;
+      squares.part[i / sum.width % sum.parts] += e * e;
     }
-    tile.block_sum[block] = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+    tile.block_sum[block] = sum.sum();
     total += tile.block_sum[block];
   }
   tile.summary.total = total;
-  tile.summary.total_sq =
-      ((squares[0] + squares[4]) + (squares[2] + squares[6])) + ((squares[1] + squares[5]) + (squares[3] + squares[7]));
+  tile.summary.total_sq = squares.sum();
 }
 
 template <typename T, typename A = Accumulate<T>>
@@ -176,7 +175,7 @@ void update(const Problem<T>& p, const State& state) {
 Seed check_and_read(const char* op, const Tensor& log_weights, const Tensor& seed) {
   check_matrix(op, "log_weights", log_weights);
   check_seed(op, seed);
-  const Tensor dense = contiguous(seed);
+  const Tensor dense = as_contiguous(seed);
   return {data<int64_t>(dense)[0], data<int64_t>(dense)[1]};
 }
 
@@ -187,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> sir_resample(Tensor log_weights, Tensor seed,
   const ScalarType type = accumulation_type(log_weights.scalar_type());
   Tensor index = new_tensor(log_weights, {rows, num_samples}, ScalarType::Long);
   Tensor log_mean = new_tensor(log_weights, {rows}, type), ess = new_tensor(log_weights, {rows}, type);
-  const Tensor dense = contiguous(log_weights);
+  const Tensor dense = as_contiguous(log_weights);
   dispatch_floating("sir_resample", "log_weights", log_weights.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
@@ -225,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sir_update(Tensor log_weights
   total_sq = copy_field("total_sq", total_sq, ScalarType::Double, {rows});
   const State state{mutable_data<double>(key), mutable_data<int64_t>(index), mutable_data<double>(log_max),
                     mutable_data<double>(total), mutable_data<double>(total_sq)};
-  const Tensor dense = contiguous(log_weights);
+  const Tensor dense = as_contiguous(log_weights);
   dispatch_floating("sir_update", "log_weights", log_weights.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> problem{data<T>(dense), rows, log_weights.size(1), draws, words, next_index, next_tile};

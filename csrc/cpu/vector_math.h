@@ -102,38 +102,97 @@ inline void fast_sincos(double angle, double& sine, double& cosine) {
   cosine = std::cos(angle);
 }
 
-constexpr int64_t kLanes = 16;  // logical lanes of a reduction, whatever the width of the instructions
+// Registers of the instruction set that this source is compiled for.
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
 
 template <typename T>
-inline T fold_lanes(const T (&lanes)[kLanes]) {
-  T half[8];
-  for (int64_t i = 0; i < 8; ++i) half[i] = lanes[i] + lanes[i + 8];
-  return ((half[0] + half[4]) + (half[2] + half[6])) + ((half[1] + half[5]) + (half[3] + half[7]));
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  static constexpr int64_t lanes = kVectorBytes / sizeof(T);
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+inline Vector<T> load(const T* from) {
+  Vector<T> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
 }
+template <typename T>
+inline void store(T* to, Vector<T> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// as many values as Vector<double> holds, converted
+inline Vector<double> load_double(const float* from) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half v;
+  std::memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Vector<double>);
+}
+inline Vector<double> load_double(const double* from) { return load(from); }
+
+constexpr int64_t kLanes = 16;  // logical lanes of a reduction, whatever the width of the registers
+
+// kLanes partial results in registers
+template <typename T>
+struct Lanes {
+  static constexpr int64_t width = VectorOf<T>::lanes, parts = kLanes / width;
+  Vector<T> part[parts];
+
+  T sum() const {
+    T lane[kLanes];
+    std::memcpy(lane, part, sizeof lane);
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
+    }
+    return lane[0];
+  }
+};
 
 template <typename T>
 inline T lane_sum(const T* values, int64_t size) {
-  T lanes[kLanes] = {};
+  Lanes<T> lanes = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += values[i + l];
+#pragma GCC unroll 8
+    for (int64_t p = 0; p < lanes.parts; ++p) lanes.part[p] += load(values + i + p * lanes.width);
   }
-  for (int64_t l = 0; i < size; ++i, ++l) lanes[l] += values[i];
-  return fold_lanes(lanes);
+  T rest[kLanes] = {};
+  for (int64_t l = 0; l < size - i; ++l) rest[l] = values[i + l];
+#pragma GCC unroll 8
+  for (int64_t p = 0; p < lanes.parts; ++p) lanes.part[p] += load(rest + p * lanes.width);
+  return lanes.sum();
 }
 
 // The largest value, NaN passed over; −inf where there is none.
 template <typename T>
 inline T lane_max(const T* values, int64_t size) {
-  T lanes[kLanes];
-  for (T& lane : lanes) lane = -static_cast<T>(INFINITY);
+  T most = -static_cast<T>(INFINITY);
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = values[i + l] > lanes[l] ? values[i + l] : lanes[l];
+  if (size >= kLanes) {
+    T lane[kLanes];
+    for (T& value : lane) value = most;
+    Lanes<T> lanes;
+    std::memcpy(lanes.part, lane, sizeof lane);
+    for (; i + kLanes <= size; i += kLanes) {
+#pragma GCC unroll 8
+      for (int64_t p = 0; p < lanes.parts; ++p) {
+        const Vector<T> next = load(values + i + p * lanes.width);
+        lanes.part[p] = next > lanes.part[p] ? next : lanes.part[p];
+      }
+    }
+    std::memcpy(lane, lanes.part, sizeof lane);
+    for (T value : lane) most = value > most ? value : most;
   }
-  for (int64_t l = 0; i < size; ++i, ++l) lanes[l] = values[i] > lanes[l] ? values[i] : lanes[l];
-  T most = lanes[0];
-  for (T lane : lanes) most = lane > most ? lane : most;
+  for (; i < size; ++i) most = values[i] > most ? values[i] : most;
   return most;
 }
 

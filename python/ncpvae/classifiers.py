@@ -76,7 +76,9 @@ class ResidualClassifier(nn.Module):
         super().__init__()
         self.in_channels, self.context_channels = in_channels, context_channels
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.context_stem = nn.Conv2d(context_channels, channels, 3, padding=1, bias=False) if context_channels else None
+        self.context_stem = (
+            nn.Conv2d(context_channels, channels, 3, padding=1, bias=False) if context_channels else None
+        )
         cells: list[nn.Module] = []
         for width in (channels, 2 * channels):
             cells += [ResidualCell(width) for _ in range(blocks)]

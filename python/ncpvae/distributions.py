@@ -5,6 +5,7 @@ a distribution itself needs none.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class DiagonalMixture(Distribution):
         mean, std: [K, D].
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
 
     def __init__(self, log_weight: Tensor, mean: Tensor, std: Tensor):
@@ -84,7 +85,7 @@ class DiagonalMixture(Distribution):
         log_p = ops.gaussian_logsumexp(flat, self.component_mean, self.component_std.log(), self.log_weight)
         return log_p.view(value.shape[:-1])
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         with torch.no_grad():
             k = Categorical(logits=self.log_weight, validate_args=False).sample(torch.Size(sample_shape))
             return self.component_mean[k] + self.component_std[k] * torch.randn_like(self.component_mean[k])

@@ -4,6 +4,7 @@ Letters: B batch, C channels, H and W height and width.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
     """Fully connected layers of the given sizes with `activation` between them, none after the last."""
     layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (before, after) in enumerate(pairwise(sizes)):
         layers += [activation()] if i else []
         layers.append(nn.Linear(before, after))
     return nn.Sequential(*layers)

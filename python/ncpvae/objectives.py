@@ -72,4 +72,3 @@ def jensen_shannon_divergence(nce_loss: float | Tensor) -> float | Tensor:
     With a classifier short of the optimum it is a lower bound.
     """
     return LOG_2 - 0.5 * nce_loss
-

@@ -99,11 +99,16 @@ class SIR:
         if self.min_ess is not None and not (math.isfinite(self.min_ess) and self.min_ess > 0):
             raise ValueError(f"SIR: min_ess must be finite and > 0, got {self.min_ess}")
         if self.max_proposals is not None and self.max_proposals < self.num_proposals:
-            raise ValueError(f"SIR: max_proposals must be ≥ num_proposals, got {self.max_proposals} < {self.num_proposals}")
+            raise ValueError(
+                f"SIR: max_proposals must be ≥ num_proposals, got {self.max_proposals} < {self.num_proposals}"
+            )
 
     @torch.no_grad()
     def sample(
-        self, distribution: ReweightedDistribution, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+        self,
+        distribution: ReweightedDistribution,
+        shape: tuple[int, ...] = (),
+        generator: torch.Generator | None = None,
     ) -> SampleResult:
         """Draw [*shape, *batch, *event] and the diagnostics.
 
@@ -122,37 +127,40 @@ class SIR:
         z = z.flatten(0, 1)[: shape.numel()].view(*shape, *batch, *distribution.event_shape)
         ess = torch.cat([state.ess for _, state, _ in blocks])
         log_mean = torch.cat([state.log_mean_weight for _, state, _ in blocks])
-        counts = torch.tensor([float(state.count) for _, state, _ in blocks for _ in state.ess], dtype=torch.float64)
+        counts = torch.tensor([float(state.num_seen) for _, state, _ in blocks for _ in state.ess], dtype=torch.float64)
         total = torch.logsumexp(log_mean.cpu() + counts.log(), 0) - counts.sum().log()
-        used = max(state.count for _, state, _ in blocks)
+        used = max(state.num_seen for _, state, _ in blocks)
         stopped = {s for *_, s in blocks}
         reason = "max_proposals" if "max_proposals" in stopped else stopped.pop()
         return SampleResult(z, Diagnostics(ess, float(total), used, reason, time.perf_counter() - start))
 
     def _block(self, distribution: ReweightedDistribution, sets: int) -> tuple[Tensor, ops.SIRState, str]:
         """`sets` sets of proposals for each element of the batch: z [sets, n, *batch, *event], state, reason."""
-        event, n, seed, state = distribution.event_shape, self.draws_per_row, None, None
-        z = None
+        event, n = distribution.event_shape, self.draws_per_row
+        state: ops.SIRState | None = None
+        seed = ops.draw_seed()  # before any proposal, so that the chunk size moves no random number
         for proposals in self._proposals(distribution, sets):  # [m, sets, *batch, *event]
             log_weights = distribution.log_ratio(proposals).flatten(1).T  # [rows, m]
             proposals = proposals.reshape(len(proposals), -1, *event)
             if state is None:
-                seed = ops.draw_seed(proposals.device)
+                seed = seed.to(proposals.device)
                 state = ops.sir_state(log_weights.shape[0], n, proposals.device)
                 z = proposals.new_zeros(log_weights.shape[0], n, *event)
-            first, chosen = state.next_index, state.index
+            first, chosen = state.next_index, state.indices
             state = ops.sir_update(state, log_weights, seed)
             row = torch.arange(len(z), device=z.device)[:, None]
-            candidate = proposals[(state.index - first).clamp_min(0), row]  # [rows, n, *event]
-            changed = (state.index != chosen).view(len(z), n, *(1,) * len(event))
+            candidate = proposals[(state.indices - first).clamp_min(0), row]  # [rows, n, *event]
+            changed = (state.indices != chosen).view(len(z), n, *(1,) * len(event))
             z = torch.where(changed, candidate, z)
             if self._enough(state):
                 break
-        if (state.index < 0).any():
-            row = int((state.index < 0).any(1).nonzero()[0])
+        assert state is not None
+        empty = (state.indices < 0).any(1)
+        if empty.any():
+            first_empty = int(empty.nonzero()[0])
             raise ValueError(
                 f"SIR: log_ratio must be finite for some proposal and never NaN or +inf, got log mean weight "
-                f"{float(state.log_mean_weight[row])} for row {row} of {len(z)}"
+                f"{float(state.log_mean_weight[first_empty])} for row {first_empty} of {len(z)}"
             )
         batch = distribution.batch_shape
         z = z.view(sets, *batch, n, *event).movedim(1 + len(batch), 1)
@@ -162,7 +170,7 @@ class SIR:
 
     def _enough(self, state: ops.SIRState) -> bool:
         """Whether `min_ess` is reached; it is looked at, which waits for the device, only where it is asked for."""
-        if self.min_ess is None or state.count < self.num_proposals:
+        if self.min_ess is None or state.num_seen < self.num_proposals:
             return False
         return bool((state.ess >= self.min_ess).all())
 
@@ -205,7 +213,10 @@ class Langevin:
 
     @torch.no_grad()
     def sample(
-        self, distribution: ReweightedDistribution, shape: tuple[int, ...] = (), generator: torch.Generator | None = None
+        self,
+        distribution: ReweightedDistribution,
+        shape: tuple[int, ...] = (),
+        generator: torch.Generator | None = None,
     ) -> SampleResult:
         """Draw [*shape, *batch, *event]; ESS and log Z in the diagnostics are those of the starting base draws.
 
@@ -224,6 +235,7 @@ class Langevin:
         log_ratio = distribution.log_ratio(z)
         next_step = torch.tensor([0, 1], device=z.device)
         if self.space == "epsilon":
+            assert normal is not None
             mean, std = normal
             to_z, state = (lambda e: mean + std * e), (z - mean) / std
             prior = {"base_mean": torch.zeros_like(std), "base_std": torch.ones_like(std)}

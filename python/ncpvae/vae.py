@@ -5,6 +5,7 @@ likelihood parameters → p(x|z), and a prior p(z). Letters: B batch, D latent d
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,8 @@ class GaussianEncoder(nn.Module):
             a log σ clamped to [−10, 10]. "tanh": exp(½·5·tanh), the RAE paper's bounded log-variance.
         input_mean: subtracted from x, broadcastable to it; the data's mean centres the input.
     """
+
+    input_mean: Tensor
 
     def __init__(self, network: nn.Module, scale: str = "softplus", input_mean: Tensor | None = None):
         super().__init__()
@@ -167,9 +170,7 @@ class ConvDecoder(nn.Module):
         kernel_size: odd, of every convolution; RAE's is 5.
     """
 
-    def __init__(
-        self, latent_dim: int, channels: Sequence[int], out_shape: tuple[int, int, int], kernel_size: int = 5
-    ):
+    def __init__(self, latent_dim: int, channels: Sequence[int], out_shape: tuple[int, int, int], kernel_size: int = 5):
         super().__init__()
         out_channels, height, width = out_shape
         factor, padding = 2 ** (len(channels) - 1), kernel_size // 2
@@ -183,7 +184,7 @@ class ConvDecoder(nn.Module):
         small = (channels[0], height // factor, width // factor)
         layers: list[nn.Module] = [nn.Linear(latent_dim, torch.Size(small).numel()), nn.Unflatten(1, small)]
         layers += [nn.BatchNorm2d(channels[0]), nn.ReLU()]
-        for before, after in zip(channels[:-1], channels[1:], strict=True):
+        for before, after in pairwise(channels):
             up = nn.ConvTranspose2d(before, after, kernel_size, 2, padding, output_padding=1, bias=False)
             layers += [up, nn.BatchNorm2d(after), nn.ReLU()]
         layers.append(nn.Conv2d(channels[-1], out_channels, kernel_size, padding=padding))

@@ -75,7 +75,9 @@ def test_native_is_philox_for_any_counter(native, counter, key):
 
 
 @FEW
-@given(key=st.integers(-(2**63), 2**63 - 1), stream=st.integers(-(2**63), 2**63 - 1), index=st.integers(0, 2**62), sub=WORD)
+@given(
+    key=st.integers(-(2**63), 2**63 - 1), stream=st.integers(-(2**63), 2**63 - 1), index=st.integers(0, 2**62), sub=WORD
+)
 def test_words_are_addressed_by_key_stream_index_and_sub(key, stream, index, sub):
     got = reference.random_words(torch.tensor([key, stream]), torch.tensor(index), sub)
     low, high = index % 2**32, index >> 32

@@ -16,6 +16,11 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
+def wide(dtype):
+    """What an op computes in, at least: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def random_weights(rows, columns, dtype=torch.float32, device="cpu", spread=2.0):
     return (torch.randn(rows, columns, dtype=torch.float64) * spread).to(dtype).to(device)
 
@@ -61,17 +66,17 @@ def test_matches_reference_and_logsumexp(shape, dtype, device, make_seed, assert
     index, log_mean, ess = ops.sir_resample(w, seed, 16)
     expected = reference.sir_resample(w.double().cpu(), seed.cpu(), 16)
     assert index.dtype == torch.int64 and index.shape == (shape[0], 16)
-    assert log_mean.dtype == ess.dtype == reference.accumulation_dtype(dtype)
+    assert log_mean.dtype == ess.dtype == wide(dtype)
     assert_indices_follow_the_contract(w, seed, index)
     if dtype == torch.float64:
         assert torch.equal(index.cpu(), expected[0])
 
-    truth, wide = w.double(), w.to(log_mean.dtype)
+    truth, same = w.double(), w.to(log_mean.dtype)
     p = torch.softmax(truth, 1)
     assert_accurate(
-        log_mean, wide.logsumexp(1) - math.log(shape[1]), truth.logsumexp(1) - math.log(shape[1]), log_mean.dtype
+        log_mean, same.logsumexp(1) - math.log(shape[1]), truth.logsumexp(1) - math.log(shape[1]), log_mean.dtype
     )
-    assert_accurate(ess, 1 / torch.softmax(wide, 1).square().sum(1), 1 / p.square().sum(1), ess.dtype)
+    assert_accurate(ess, 1 / torch.softmax(same, 1).square().sum(1), 1 / p.square().sum(1), ess.dtype)
     assert_accurate(log_mean, expected[1], expected[1], log_mean.dtype)
     assert_accurate(ess, expected[2], expected[2], ess.dtype)
 
@@ -153,7 +158,9 @@ def test_a_million_draws_follow_the_softmax(many):
     assert 1e-4 < p_value(index // TILE, torch.stack([t.sum() for t in tiles])) < 1 - 1e-4
 
 
-@pytest.mark.parametrize("wrong", ["weights 2 % off", "one place late in a tile", "last of a tile never", "float16 CDF"])
+@pytest.mark.parametrize(
+    "wrong", ["weights 2 % off", "one place late in a tile", "last of a tile never", "float16 CDF"]
+)
 def test_the_same_test_rejects_a_wrong_sampler(many, wrong):
     index, p = many
     index, rng = index.clone(), torch.Generator().manual_seed(2)
@@ -200,7 +207,7 @@ def test_neighbouring_seeds_draw_independently(change, device):
     w = random_weights(1, 1500, device=device, spread=1.0)
     p = torch.softmax(w[0].double().cpu(), 0)
     one, two = (
-        uniformised(ops.sir_resample(w, torch.tensor([k, s], device=device), 1 << 16)[0].cpu(), p)
+        uniformised(ops.sir_resample(w, torch.tensor([k, s], device=device), 1 << 15)[0].cpu(), p)
         for k, s in ((11, 22), (11 + change[0], 22 + change[1]))
     )
     assert independence_z(one, two) < 5
@@ -249,7 +256,7 @@ def test_a_single_proposal_is_always_taken(device, make_seed):
 
 def test_tied_weights_are_drawn_uniformly(device, make_seed):
     w = torch.full((1, 1500), -40.0, device=device)
-    index, log_mean, ess = ops.sir_resample(w, make_seed(device), 1 << 16)
+    index, log_mean, ess = ops.sir_resample(w, make_seed(device), 1 << 15)
     assert 1e-4 < p_value(index.cpu(), torch.full((1500,), 1 / 1500, dtype=torch.float64)) < 1 - 1e-4
     assert float(log_mean) == pytest.approx(-40, abs=1e-5) and float(ess) == pytest.approx(1500, rel=1e-5)
 
@@ -293,13 +300,16 @@ def test_minus_infinity_never_wins(alive, dtype, device, make_seed):
     ids=str,
 )
 def test_huge_weights_are_only_weights(dtype, top, bottom, device, make_seed):
-    w = torch.full((2, 2100), bottom, dtype=dtype, device=device)
-    w[0, [5, 2000]] = top
+    w = torch.full((3, 2100), bottom, dtype=dtype, device=device)
+    w[0, [5, 900]] = top
+    w[1, 2000] = top
     index, log_mean, ess = ops.sir_resample(w, make_seed(device), 200)
-    assert set(index[0].tolist()) == {5, 2000}
-    assert index[1].unique().numel() > 150
-    torch.testing.assert_close(ess.cpu(), torch.tensor([2.0, 2100.0], dtype=ess.dtype))
-    torch.testing.assert_close(log_mean, w[:, 5].to(log_mean.dtype))  # log 2, log M vanish beside these (or nearly)
+    assert set(index[0].tolist()) == {5, 900} and (index[1] == 2000).all()
+    assert index[2].unique().numel() > 150
+    mass = torch.tensor([2.0, 1.0, 2100.0], dtype=torch.float64)
+    torch.testing.assert_close(ess.double().cpu(), mass)
+    truth = w.double().cpu().amax(1) + (mass / 2100).log()
+    torch.testing.assert_close(log_mean.cpu(), truth.to(log_mean.dtype))
 
 
 def test_tiny_differences_in_float16_are_kept(device, make_seed):
@@ -328,13 +338,15 @@ def stream(w, seed, n, lengths, first_index=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", [[4100], [TILE] * 4 + [4], [2 * TILE, TILE, TILE + 4], [3 * TILE, TILE + 4]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[4100], [TILE] * 4 + [4], [2 * TILE, TILE, TILE + 4], [3 * TILE, TILE + 4]], ids=str
+)
 def test_whole_tiles_stream_to_the_one_shot_result(lengths, dtype, device, make_seed):
     w, seed = random_weights(5, 4100, dtype, device), make_seed(device)
     w[1], w[2, 4000], w[3, 0], w[4, : 2 * TILE] = -INF, NAN, INF, -INF
     state, (index, log_mean, ess) = stream(w, seed, 6, lengths), ops.sir_resample(w, seed, 6)
-    assert torch.equal(state.index, index)
-    assert state.count == 4100 and state.log_mean_weight.dtype == torch.float64
+    assert torch.equal(state.indices, index)
+    assert state.num_seen == 4100 and state.log_mean_weight.dtype == torch.float64
     torch.testing.assert_close(state.log_mean_weight.to(log_mean.dtype), log_mean, rtol=1e-6, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(state.ess.to(ess.dtype), ess, rtol=1e-5, atol=0, equal_nan=True)
     if dtype == torch.float64:
@@ -361,13 +373,15 @@ def test_update_leaves_the_given_state_as_it_was(device, make_seed):
 
 def test_ragged_chunks_still_draw_by_weight(device, make_seed):
     """Chunk lengths that are no multiples of the tile give another draw, of the same distribution."""
-    lengths = [1, 700, 1024, 37, 338]
-    w = random_weights(1, sum(lengths), device=device, spread=0.7)
+    lengths = [1, 300, 1024, 37, 138]
+    w = random_weights(1, sum(lengths), device=device, spread=0.5).clamp(-1, 1)
     p = torch.softmax(w[0].double().cpu(), 0)
-    state = stream(w, make_seed(device), 1 << 17, lengths)
-    assert state.count == state.next_index == 2100 and state.next_tile == 5
-    assert 1e-4 < p_value(state.index.cpu(), p) < 1 - 1e-4
-    torch.testing.assert_close(state.log_mean_weight.cpu(), w.double().cpu().logsumexp(1) - math.log(2100))
+    state = stream(w, make_seed(device), 1 << 16, lengths)
+    assert state.num_seen == state.next_index == 1500 and state.next_tile == 5
+    assert 1e-4 < p_value(state.indices.cpu(), p) < 1 - 1e-4
+    torch.testing.assert_close(
+        state.log_mean_weight.cpu(), w.double().cpu().logsumexp(1) - math.log(1500), rtol=1e-6, atol=1e-6
+    )
     torch.testing.assert_close(state.ess.cpu(), 1 / p.square().sum()[None], rtol=1e-5, atol=0)
 
 
@@ -375,10 +389,10 @@ def test_ragged_chunks_still_draw_by_weight(device, make_seed):
 @given(lengths=st.lists(st.integers(1, 1500), min_size=1, max_size=6), key=st.integers(0, 2**63 - 1))
 def test_any_chunking_gives_a_valid_choice_and_the_same_sums(device, lengths, key):
     w, seed = random_weights(2, sum(lengths), torch.float64, device), torch.tensor([key, 0], device=device)
-    w[0, :: 3] = -INF
+    w[0, ::3] = -INF
     w[0, -1] = 0
     state = stream(w, seed, 3, lengths)
-    assert (w.gather(1, state.index) > -INF).all()
+    assert (w.gather(1, state.indices) > -INF).all()
     torch.testing.assert_close(state.log_mean_weight, w.logsumexp(1) - math.log(w.shape[1]))
     torch.testing.assert_close(state.ess, 1 / torch.softmax(w, 1).square().sum(1))
 
@@ -389,18 +403,20 @@ def test_a_bad_chunk_spoils_its_row_for_good_and_no_other(bad, device, make_seed
     clean = stream(w, seed, 4, TILE)
     w[1, TILE + 7] = bad
     state = stream(w, seed, 4, TILE)
-    assert (state.index[1] == -1).all() and state.log_mean_weight[1].isnan() and state.ess[1].isnan()
-    assert torch.equal(state.index[[0, 2]], clean.index[[0, 2]]) and torch.equal(state.ess[[0, 2]], clean.ess[[0, 2]])
+    assert (state.indices[1] == -1).all() and state.log_mean_weight[1].isnan() and state.ess[1].isnan()
+    assert torch.equal(state.indices[[0, 2]], clean.indices[[0, 2]]) and torch.equal(state.ess[[0, 2]], clean.ess[[0, 2]])
 
 
 def test_chunks_without_mass_change_only_the_count(device, make_seed):
     w, seed = random_weights(2, TILE, device=device), make_seed(device)
     nothing = torch.full_like(w, -INF)
     first = stream(nothing, seed, 4, TILE)
-    assert (first.index == -1).all() and (first.log_mean_weight == -INF).all() and (first.ess == 0).all()
+    assert (first.indices == -1).all() and (first.log_mean_weight == -INF).all() and (first.ess == 0).all()
     state = ops.sir_update(ops.sir_update(first, w, seed), nothing, seed)
-    assert ((state.index >= TILE) & (state.index < 2 * TILE)).all()
-    torch.testing.assert_close(state.log_mean_weight, w.double().logsumexp(1) - math.log(3 * TILE), rtol=1e-6, atol=1e-6)
+    assert ((state.indices >= TILE) & (state.indices < 2 * TILE)).all()
+    torch.testing.assert_close(
+        state.log_mean_weight, w.double().logsumexp(1) - math.log(3 * TILE), rtol=1e-6, atol=1e-6
+    )
 
 
 def parts(w, seed, n, sizes):
@@ -418,9 +434,11 @@ def test_merged_states_equal_the_single_one(device, make_seed):
     right = ops.sir_merge(a, ops.sir_merge(b, c))
     turned = ops.sir_merge(c, ops.sir_merge(a, b))
     for merged in (left, right, turned):
-        assert torch.equal(merged.index, whole.index)
+        assert torch.equal(merged.indices, whole.indices)
         assert merged[5:] == whole[5:]
-        torch.testing.assert_close(merged.log_mean_weight, whole.log_mean_weight, equal_nan=True, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(
+            merged.log_mean_weight, whole.log_mean_weight, equal_nan=True, rtol=1e-13, atol=1e-13
+        )
         torch.testing.assert_close(merged.ess, whole.ess, equal_nan=True, rtol=1e-13, atol=0)
     assert torch.equal(left.key, right.key)
 
@@ -431,16 +449,16 @@ def test_merging_with_an_empty_state_changes_nothing(device, make_seed):
         ops.sir_merge(state, ops.sir_state(3, 2, device, 2 * TILE)),
         ops.sir_merge(ops.sir_state(3, 2, device, 2 * TILE), state),
     ):
-        assert all(map(torch.equal, merged[:5], state[:5])) and merged.count == state.count
+        assert all(map(torch.equal, merged[:5], state[:5])) and merged.num_seen == state.num_seen
 
 
 def test_merged_ranks_draw_by_weight(device, make_seed):
     """Two ranks of unequal mass, numbered far apart: the choice between them follows their weights."""
-    w, seed = random_weights(2, 1000, device=device, spread=0.5), make_seed(device)
+    w, seed = random_weights(2, 1000, device=device, spread=0.5).clamp(-1, 1), make_seed(device)
     w[1] += 1
     one = stream(w[:1], seed, 1 << 16, TILE)
     two = stream(w[1:], seed, 1 << 16, TILE, first_index=10 * TILE)
-    index = ops.sir_merge(one, two).index.cpu()
+    index = ops.sir_merge(one, two).indices.cpu()
     index = torch.where(index >= 10 * TILE, index - 10 * TILE + 1000, index)
     assert 1e-4 < p_value(index, torch.softmax(w.double().cpu().flatten(), 0)) < 1 - 1e-4
 
@@ -448,8 +466,8 @@ def test_merged_ranks_draw_by_weight(device, make_seed):
 def test_state_numbers_its_proposals_from_first_index(device, make_seed):
     w, seed = random_weights(3, 1500, device=device), make_seed(device)
     state = stream(w, seed, 4, TILE, first_index=7 * TILE)
-    assert state.next_index == 7 * TILE + 1500 and state.next_tile == 9 and state.count == 1500
-    assert_indices_follow_the_contract(w, seed, state.index, start=7 * TILE, start_tile=7)
+    assert state.next_index == 7 * TILE + 1500 and state.next_tile == 9 and state.num_seen == 1500
+    assert_indices_follow_the_contract(w, seed, state.indices, start=7 * TILE, start_tile=7)
 
 
 # --- threads, gradients, torch.library, torch.compile -------------------------------------------------------
@@ -469,16 +487,16 @@ def statistics(w, seed):
 
 
 def test_gradients_are_those_of_the_formulas(device, make_seed):
-    w, seed = random_weights(3, 40, torch.float64, device).requires_grad_(), make_seed(device)
-    assert torch.autograd.gradcheck(statistics, (w, seed))
-    assert torch.autograd.gradgradcheck(statistics, (w, seed))
-    for got, formula in zip(
-        statistics(w, seed), (w.logsumexp(1) - math.log(40), 1 / torch.softmax(w, 1).square().sum(1)), strict=True
-    ):
-        cotangent = torch.randn_like(got)
-        torch.testing.assert_close(
-            torch.autograd.grad(got, w, cotangent)[0], torch.autograd.grad(formula, w, cotangent)[0]
-        )
+    seed = make_seed(device)
+    small = random_weights(2, 5, torch.float64, device).requires_grad_()
+    assert torch.autograd.gradcheck(statistics, (small, seed))
+    assert torch.autograd.gradgradcheck(statistics, (small, seed))
+    w = random_weights(3, 1500, torch.float64, device).requires_grad_()
+    log_mean, ess = w.logsumexp(1) - math.log(1500), 1 / torch.softmax(w, 1).square().sum(1)
+    cotangents = torch.randn_like(ess), torch.randn_like(ess)
+    (got,) = torch.autograd.grad(statistics(w, seed), w, cotangents)
+    (expected,) = torch.autograd.grad((log_mean, ess), w, cotangents)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -493,7 +511,7 @@ def test_gradient_error_is_bounded_by_eager(dtype, device, make_seed, assert_acc
 
     truth = eager(w.detach().double().requires_grad_())
     assert got.dtype == dtype
-    assert_accurate(got, eager(w.detach().clone().requires_grad_()), truth, dtype, units=1)
+    assert_accurate(got, eager(w.detach().clone().requires_grad_()), truth, dtype, units=4)
 
 
 def test_indices_carry_no_gradient_and_bad_rows_a_zero_one(device, make_seed):
@@ -580,9 +598,9 @@ def test_streaming_compiles_once_for_a_long_run_of_chunks(device, make_seed):
     for chunk in w.split(TILE, 1):
         state = compiled(state, chunk, seed)
     whole = stream(w, seed, 3, TILE)
-    assert torch.equal(state.index, whole.index) and state[5:] == whole[5:]
+    assert torch.equal(state.indices, whole.indices) and state[5:] == whole[5:]
     merged = torch.compile(ops.sir_merge, fullgraph=True, backend="aot_eager")(state, ops.sir_state(2, 3, device))
-    assert torch.equal(merged.index, whole.index)
+    assert torch.equal(merged.indices, whole.indices)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------

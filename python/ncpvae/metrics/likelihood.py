@@ -60,9 +60,13 @@ def importance_weighted_nll(
     Source: Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders", ICLR 2016.
     """
     if not isinstance(data, Tensor) or len(data) == 0:
-        raise ValueError("importance_weighted_nll: data must be a tensor [N, …] with N ≥ 1, got an empty or other object")
+        raise ValueError(
+            "importance_weighted_nll: data must be a tensor [N, …] with N ≥ 1, got an empty or other object"
+        )
     if num_samples < 1 or max_rows < 1:
-        raise ValueError(f"importance_weighted_nll: num_samples and max_rows must be ≥ 1, got {num_samples}, {max_rows}")
+        raise ValueError(
+            f"importance_weighted_nll: num_samples and max_rows must be ≥ 1, got {num_samples}, {max_rows}"
+        )
     transform = transform or (lambda x: x.float())
     at_once = min(num_samples, max_rows)
     examples: dict[str, list[Tensor]] = {name: [] for name in log_priors}

@@ -47,7 +47,8 @@ def load_native() -> None:
 def _load(dispatch_key: str, stem: str, warn: bool) -> None:
     found = sorted(PACKAGE.glob(f"{stem}.*"))
     if not found:
-        reason = f"{stem} was not built: no {'CUDA' if dispatch_key == 'CUDA' else 'C++'} compiler or no torch headers at install time"
+        compiler = "CUDA" if dispatch_key == "CUDA" else "C++"
+        reason = f"{stem} was not built: no {compiler} compiler or no torch headers at install time"
     else:
         try:
             torch.ops.load_library(str(found[0]))

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from . import _check, _library, reference
 
-_ARGUMENTS = "Tensor score, Tensor seed, float step_size, Tensor? base_mean=None, Tensor? base_std=None, float temperature=1.0"
+_ARGUMENTS = (
+    "Tensor score, Tensor seed, float step_size, Tensor? base_mean=None, Tensor? base_std=None, float temperature=1.0"
+)
 
 
 def _in_place(z: Tensor, *arguments) -> None:

@@ -189,12 +189,12 @@ def sir_summary(log_max: Tensor, total: Tensor, total_sq: Tensor, count: int) ->
 def sir_resample(log_weights: Tensor, seed: Tensor, num_samples: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """`num_samples` indices per row from softmax(log_weights), with the row's log-mean weight and ESS."""
     B, M = log_weights.shape
-    options = {"dtype": torch.float64, "device": log_weights.device}
-    key = torch.full((B, num_samples), -math.inf, **options)
-    index = torch.full((B, num_samples), -1, dtype=torch.int64, device=log_weights.device)
-    log_max, zero = torch.full((B,), -math.inf, **options), torch.zeros(B, **options)
-    _, index, *sums = sir_update(log_weights, seed, key, index, log_max, zero, zero, 0, 0)
-    log_mean, ess = sir_summary(*sums, M)
+    nothing = torch.full((B,), -math.inf, dtype=torch.float64, device=log_weights.device)
+    zero = torch.zeros_like(nothing)
+    key = nothing[:, None].expand(B, num_samples)
+    index = torch.full_like(key, -1, dtype=torch.int64)
+    _, index, log_max, total, total_sq = sir_update(log_weights, seed, key, index, nothing, zero, zero, 0, 0)
+    log_mean, ess = sir_summary(log_max, total, total_sq, M)
     dtype = accumulation_dtype(log_weights.dtype)
     return index, log_mean.to(dtype), ess.to(dtype)
 
@@ -302,7 +302,10 @@ def gaussian_logsumexp_backward(
     z_, mean_, log_std_ = z.to(dtype), mean.to(dtype), log_std.to(dtype)
     offset = _component_offset(log_std_, log_weight)
     inverse_std = torch.exp(-log_std_)
-    dz, dmean, dlog_std, dlog_weight = [torch.zeros_like(z_[:0])], *(torch.zeros_like(v) for v in (mean_, mean_, offset))
+    dz, dmean, dlog_std, dlog_weight = (
+        [torch.zeros_like(z_[:0])],
+        *(torch.zeros_like(v) for v in (mean_, mean_, offset)),
+    )
     for rows in _row_chunks(z.shape[0], mean.numel()):
         t = (z_[rows, None] - mean_) * inverse_std  # [n, K, D]
         log_joint = offset - 0.5 * t.square().sum(2)

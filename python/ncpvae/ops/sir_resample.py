@@ -87,26 +87,28 @@ class SIRState(NamedTuple):
     """What streamed resampling remembers of the proposals seen: O(B·n) however many there were."""
 
     key: Tensor  # [B, n] float64, perturbed log-weight of the current choice
-    index: Tensor  # [B, n] int64, number of the chosen proposal, −1 for none
+    indices: Tensor  # [B, n] int64, number of the chosen proposal, −1 for none
     log_max: Tensor  # [B] float64, largest log-weight
     total: Tensor  # [B] float64, Σ exp(w − log_max)
     total_sq: Tensor  # [B] float64, Σ exp(2 (w − log_max))
-    count: int  # proposals folded in
+    num_seen: int  # proposals folded in
     next_index: int  # number of the next proposal
     next_tile: int  # number of the next tile of 1,024
 
     @property
     def log_mean_weight(self) -> Tensor:
         """[B] float64, logsumexp of the log-weights seen − log of their number."""
-        return reference.sir_summary(self.log_max, self.total, self.total_sq, self.count)[0]
+        return reference.sir_summary(self.log_max, self.total, self.total_sq, self.num_seen)[0]
 
     @property
     def ess(self) -> Tensor:
         """[B] float64, effective sample size of the proposals seen."""
-        return reference.sir_summary(self.log_max, self.total, self.total_sq, self.count)[1]
+        return reference.sir_summary(self.log_max, self.total, self.total_sq, self.num_seen)[1]
 
 
-def sir_state(rows: int, num_samples: int = 1, device: torch.device | str | None = None, first_index: int = 0) -> SIRState:
+def sir_state(
+    rows: int, num_samples: int = 1, device: torch.device | str | None = None, first_index: int = 0
+) -> SIRState:
     """The state before any proposal.
 
     Args:
@@ -128,6 +130,11 @@ def sir_state(rows: int, num_samples: int = 1, device: torch.device | str | None
     return SIRState(key, index, log_max, zero, zero.clone(), 0, first_index, first_index // TILE)
 
 
+def _check_state(op: str, name: str, value: object) -> None:
+    if not isinstance(value, SIRState):
+        raise TypeError(f"{op}: {name} must be an SIRState from sir_state or sir_update, got {type(value).__name__}")
+
+
 def sir_update(state: SIRState, log_weights: Tensor, seed: Tensor) -> SIRState:
     """Fold a further chunk of proposals into a resampling state; the state given is left as it was.
 
@@ -139,12 +146,15 @@ def sir_update(state: SIRState, log_weights: Tensor, seed: Tensor) -> SIRState:
     Chunks whose lengths are multiples of 1,024 (the last one free) give exactly `sir_resample`'s result on
     all proposals together; other lengths give a draw that is as valid but not the same. Not differentiable.
     """
+    _check_state("sir_update", "state", state)
     _check_weights("sir_update", log_weights, seed)
     _check.same_device("sir_update", "state", state.key, "log_weights", log_weights)
     _check.shape("sir_update", "log_weights", log_weights, (state.key.shape[0], log_weights.shape[1]), "[B, m]")
     fields = torch.ops.ncpvae.sir_update(log_weights.detach(), seed, *state[:5], state.next_index, state.next_tile)
     m = log_weights.shape[1]
-    return SIRState(*fields, state.count + m, state.next_index + m, state.next_tile + (m + TILE - 1) // TILE)
+    tiles = (m + TILE - 1) // TILE
+    counters = (state.num_seen + m, state.next_index + m, state.next_tile + tiles)
+    return SIRState._make((*fields, *counters))
 
 
 def sir_merge(state: SIRState, other: SIRState) -> SIRState:
@@ -152,12 +162,14 @@ def sir_merge(state: SIRState, other: SIRState) -> SIRState:
 
     The two must have been updated with the same seed and start from different `first_index`.
     """
+    _check_state("sir_merge", "state", state)
+    _check_state("sir_merge", "other", other)
     _check.same_device("sir_merge", "other", other.key, "state", state.key)
     _check.shape("sir_merge", "other.key", other.key, tuple(state.key.shape), "[B, n]")
     fields = torch.ops.ncpvae.sir_merge(*state[:5], *other[:5])
-    return SIRState(
-        *fields,
-        state.count + other.count,
+    counters = (
+        state.num_seen + other.num_seen,
         max(state.next_index, other.next_index),
         max(state.next_tile, other.next_tile),
     )
+    return SIRState._make((*fields, *counters))

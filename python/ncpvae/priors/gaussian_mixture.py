@@ -18,6 +18,10 @@ class GaussianMixture(nn.Module):
     Source of the use as a prior: Ghosh et al., "From variational to deterministic autoencoders", ICLR 2020.
     """
 
+    log_weight: Tensor
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, log_weight: Tensor, mean: Tensor, scale: Tensor):
         super().__init__()
         K, D = mean.shape
@@ -58,7 +62,8 @@ class GaussianMixture(nn.Module):
             raise ValueError(f"GaussianMixture.fit: covariance must be 'diag' or 'full', got {covariance!r}")
         if codes.dim() != 2 or len(codes) < max(2, num_components):
             raise ValueError(
-                f"GaussianMixture.fit: codes must be [N, D] with N ≥ max(2, K = {num_components}), got {tuple(codes.shape)}"
+                f"GaussianMixture.fit: codes must be [N, D] with N ≥ max(2, K = {num_components}), "
+                f"got shape {tuple(codes.shape)}"
             )
         if not torch.isfinite(codes).all():
             raise ValueError("GaussianMixture.fit: codes must be finite, got NaN or infinity")

@@ -4,7 +4,7 @@ A classifier told draws of the aggregate posterior q(z) from draws of the base p
 """
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class NoiseContrastive(Distribution):
         log_normalizer: log Z in nats, where it is known; without it there is no `log_prob`.
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict] = {}
     support = constraints.real
 
     def __init__(
@@ -176,7 +176,7 @@ class NoiseContrastive(Distribution):
             return self
         return NoiseContrastive(temper(self.base, temperature), self.classifier, self.context)
 
-    def sample(
+    def sample(  # type: ignore[override]
         self,
         sample_shape: torch.Size | tuple[int, ...] = (),
         sampler: SIR | Langevin | None = None,
@@ -209,10 +209,15 @@ class NoiseContrastivePrior(nn.Module):
     Kautz, Vahdat, "A contrastive learning approach for training variational autoencoder priors", NeurIPS 2021.
     """
 
+    base: nn.Module | Distribution
+    log_normalizer: Tensor
+
     def __init__(self, base: nn.Module | Distribution, classifier: nn.Module):
         super().__init__()
         if not isinstance(base, (nn.Module, Distribution)):
-            raise TypeError(f"NoiseContrastivePrior: base must be a Distribution or a module, got {type(base).__name__}")
+            raise TypeError(
+                f"NoiseContrastivePrior: base must be a Distribution or a module, got {type(base).__name__}"
+            )
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"NoiseContrastivePrior: classifier must be a module, got {type(classifier).__name__}")
         self.base, self.classifier = base, classifier

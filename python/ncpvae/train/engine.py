@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +47,15 @@ def minibatches(num_examples: int, batch_size: int, seed: int, start_step: int =
 
     Every epoch is a fresh permutation, and its incomplete last batch is dropped (kept when it is the only one).
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
     batch_size = min(batch_size, num_examples)
     per_epoch = num_examples // batch_size
     epoch, first = divmod(start_step, per_epoch)
     while True:
-        order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
+        order = torch.randperm(
+            num_examples, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        )
         for i in range(first, per_epoch):
             yield order[i * batch_size : (i + 1) * batch_size]
         epoch, first = epoch + 1, 0
@@ -67,8 +72,8 @@ def learning_rate_factor(schedule: str, steps: int) -> Callable[[int], float]:
 
 def train(
     model: nn.Module,
-    loss: Callable[[object], dict[str, Tensor]],
-    batches: Iterable[object],
+    loss: Callable[[Any], dict[str, Tensor]],
+    batches: Iterable[Any],
     *,
     steps: int,
     lr: float,
@@ -106,7 +111,10 @@ def train(
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(schedule, steps))
     validate_every = validate_every or max(1, steps // 20)
-    start, history, best = time.perf_counter(), [], (math.inf, 0, None)
+    start = time.perf_counter()
+    history: list[dict[str, float]] = []
+    best_value, best_step = math.inf, 0
+    best_weights: dict[str, Tensor] | None = None
     pending: list[dict[str, Tensor]] = []
     window: list[dict[str, float]] = []
     stale, step = 0, 0
@@ -137,17 +145,21 @@ def train(
                 record |= {f"validation_{name}": value for name, value in held_out.items()}
                 value = next(iter(held_out.values()))
                 if not math.isfinite(value):
-                    raise TrainingDiverged(f"{description}: validation {next(iter(held_out))} is {value} at step {step}")
+                    raise TrainingDiverged(
+                        f"{description}: validation {next(iter(held_out))} is {value} at step {step}"
+                    )
                 stale += 1
-                if value < best[0]:
-                    stale, best = 0, (value, step, {k: v.detach().clone() for k, v in model.state_dict().items()})
+                if value < best_value:
+                    stale, best_value, best_step = 0, value, step
+                    best_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
             history.append(record)
             if patience is not None and stale >= patience:
                 break
-    if best[2] is not None:
-        model.load_state_dict(best[2])
+    if best_weights is None:
+        best_step = step
+    else:
+        model.load_state_dict(best_weights)
     model.eval()
-    best_step = step if best[2] is None else best[1]
     return TrainResult(step, time.perf_counter() - start, history, best_step, step < steps)
 
 

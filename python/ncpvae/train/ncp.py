@@ -107,11 +107,15 @@ def fit_ncp(
 
     encode = _as_encoder(vae, transform, device) if vae is not None else lambda codes: codes.to(device, dtype)
     examples = data if data is not None else posterior_samples
-    train_part, held_out_part = _split("data" if data is not None else "posterior_samples", examples, validation, validation_fraction, seed)
+    train_part, held_out_part = _split(
+        "data" if data is not None else "posterior_samples", examples, validation, validation_fraction, seed
+    )
     with torch.no_grad(), _random.scoped(seed):
         held_out = torch.cat([encode(part) for part in held_out_part.split(1024)])
         _check_event("the VAE's codes" if vae is not None else "posterior_samples", held_out, event)
-        base_batches, held_out_base = _base_source(prior, base_samples, batch_size, len(held_out), validation_fraction, seed)
+        base_batches, held_out_base = _base_source(
+            prior, base_samples, batch_size, len(held_out), validation_fraction, seed
+        )
         _check_event("base_samples", held_out_base, event)
         prior.forward().log_ratio(held_out[:2])  # a classifier of the wrong shape is named before training
     positive_batches = (train_part[i] for i in minibatches(len(train_part), batch_size, seed))
@@ -149,9 +153,9 @@ def fit_ncp(
     trustworthy = loss >= EASY_LOSS
     if not trustworthy:
         warnings.warn(
-            f"fit_ncp: the classifier separates posterior and base draws too easily (held-out loss {loss:.3g} of at most "
-            f"1.386) for its ratio to be trusted. Bring the base closer first: fit Normal.fit or GaussianMixture.fit to "
-            "the codes, or train the VAE longer with this base.",
+            "fit_ncp: the classifier separates posterior and base draws too easily for its ratio to be trusted "
+            f"(held-out loss {loss:.3g} of at most 1.386). Bring the base closer first: fit Normal.fit or "
+            "GaussianMixture.fit to the codes, or train the VAE longer with this base.",
             RuntimeWarning,
             stacklevel=2,
         )

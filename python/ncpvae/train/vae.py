@@ -55,7 +55,7 @@ def fit_vae(
     def terms(x: Tensor) -> dict[str, Tensor]:
         x = transform(x.to(device, non_blocking=True))
         out = vae(x)
-        bound = objectives.elbo(x, *out, kl_weight=kl_weight)
+        bound = objectives.elbo(x, out.likelihood, out.posterior, out.prior, out.z, kl_weight)
         return {
             "loss": -bound.elbo.mean(),
             "reconstruction": -bound.log_likelihood.mean(),

@@ -1,0 +1,116 @@
+// What every CUDA op needs around its kernels: the device, the stream, checked launches, dtypes, warp primitives.
+//
+// LibTorch's stable ABI only, so that one build serves every torch from 2.11 on. Kernels are launched through
+// `cudaLaunchKernelEx` and warps talk through the `shuffle…` functions here, so that the sources hold no syntax
+// that only nvcc reads: with stand-ins for cuda_runtime.h they also compile and run as host code.
+#pragma once
+
+#if !defined(USE_CUDA)
+#define USE_CUDA  // torch/csrc/inductor/aoti_torch/c/shim.h declares the current stream only with it
+#endif
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "tensor.h"
+
+namespace ncpvae::cuda {
+
+// ---- host ----------------------------------------------------------------------------------------------------
+
+// The device of `on` and its current stream, for as long as the object lives; launches kernels for the op `op`.
+class Launcher {
+ public:
+  Launcher(const char* op, const Tensor& on) : op_(op), guard_(on.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // Nothing is launched for zero blocks. Kernels loop over blockIdx.x, so that any number of blocks may be asked for.
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... arguments) const {
+    if (blocks <= 0) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX)));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream_;
+    const cudaError_t status = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // it is reported here, and not to whoever asks next
+    STD_TORCH_CHECK(false, op_, ": the kernel could not be launched: ", cudaGetErrorString(status));
+  }
+
+ private:
+  const char* op_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A contiguous tensor of the dtype that `tensor` is computed in.
+inline Tensor widened(const Tensor& tensor) {
+  const ScalarType type = accumulation_type(tensor.scalar_type());
+  return as_contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+inline Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// ---- host and device -----------------------------------------------------------------------------------------
+
+// `count` values that are read or written at once, in 16-byte accesses where that is possible.
+template <typename T, int count>
+struct alignas(sizeof(T) * count < 16 ? sizeof(T) * count : 16) Pack {
+  T value[count];
+};
+
+template <typename T, int count>
+bool aligned_for(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % alignof(Pack<T, count>) == 0;
+}
+
+// ---- device --------------------------------------------------------------------------------------------------
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// The value held by the lane whose number is this lane's xor `mask`, by lane `lane`, and by the lane `by` below.
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(kFullWarp, value, mask);
+}
+template <typename T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(kFullWarp, value, lane);
+}
+template <typename T>
+__device__ __forceinline__ T shuffle_up(T value, int by) {
+  return __shfl_up_sync(kFullWarp, value, static_cast<unsigned>(by));
+}
+// One bit per lane.
+__device__ __forceinline__ unsigned ballot(bool condition) { return __ballot_sync(kFullWarp, condition); }
+
+// Sums and maxima over a warp, the same in every lane and always in the same order. No lane's value may be NaN in
+// the maximum.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+template <typename T>
+__device__ __forceinline__ T warp_max(T value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const T other = shuffle_xor(value, mask);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+}  // namespace ncpvae::cuda

@@ -1,0 +1,122 @@
+"""The torch library: every op is there, and what cannot be loaded costs speed and one warning, nothing else."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import ncpvae.ops  # noqa: F401
+from ncpvae.ops import _library
+
+OPS = [
+    "sir_resample",
+    "sir_update",
+    "sir_merge",
+    "langevin_step",
+    "langevin_step_",
+    "similarity_logsumexp",
+    "similarity_logsumexp_backward",
+    "gaussian_logsumexp",
+    "gaussian_logsumexp_backward",
+]
+NATIVE = [name for name in OPS if name != "sir_merge"]  # its O(B·n) work needs no kernel of its own
+ALL_OPS_RUN = """
+import torch
+from ncpvae import ops
+z, seed = torch.randn(4, 3), ops.draw_seed()
+ops.sir_resample(z, seed)
+ops.sir_merge(ops.sir_update(ops.sir_state(4), z, seed), ops.sir_update(ops.sir_state(4, first_index=1024), z, seed))
+ops.langevin_step_(ops.langevin_step(z, z, seed, 0.1), z, seed, 0.1)
+leaf = z.clone().requires_grad_()
+(ops.gaussian_logsumexp(leaf, z, z).sum() + sum(o.sum() for o in ops.similarity_logsumexp(leaf, z, 1.0))).backward()
+assert leaf.grad.isfinite().all()
+print("all ops ran;", ops._library.NATIVE_UNAVAILABLE.get("CPU", "native"))
+"""
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_is_in_torchs_library_with_a_kernel_for_every_device(name):
+    assert hasattr(torch.ops.ncpvae, name)
+    assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.ncpvae, name).default.tags
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has_kernel(f"ncpvae::{name}", "CompositeExplicitAutograd")
+    for key in ("CPU", "CUDA") if name in NATIVE else ():
+        assert has_kernel(f"ncpvae::{name}", key) == (key not in _library.NATIVE_UNAVAILABLE)
+
+
+def test_native_kernels_are_loaded_where_they_are_promised():
+    if os.environ.get("NCPVAE_REQUIRE_NATIVE", "0") != "1":
+        pytest.skip("NCPVAE_REQUIRE_NATIVE is not 1")
+    assert "CPU" not in _library.NATIVE_UNAVAILABLE, _library.NATIVE_UNAVAILABLE["CPU"]
+
+
+# --- load_native on a package folder of our making ----------------------------------------------------------
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """load_native on an empty package folder: what it warned of the CPU, and the reasons it noted."""
+    monkeypatch.setattr(_library, "PACKAGE", tmp_path)
+    monkeypatch.setattr(_library, "NATIVE_UNAVAILABLE", {})
+    monkeypatch.delenv("NCPVAE_DISABLE_NATIVE", raising=False)
+
+    def load_and_listen():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _library.load_native()
+        return [w for w in caught if "CUDA ops" not in str(w.message)], _library.NATIVE_UNAVAILABLE
+
+    return load_and_listen
+
+
+def test_a_library_that_was_not_built_is_one_warning(load):
+    caught, unavailable = load()
+    assert [w.category for w in caught] == [RuntimeWarning]
+    assert "libncpvae_cpu was not built" in str(caught[0].message) and "plain torch" in str(caught[0].message)
+    assert "was not built" in unavailable["CPU"] and "CUDA" in unavailable
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + 100 * b"\0"], ids=["empty", "text", "torn"])
+def test_a_broken_library_is_one_warning_that_says_so(load, tmp_path, content):
+    (tmp_path / "libncpvae_cpu.so").write_bytes(content)
+    caught, unavailable = load()
+    assert [w.category for w in caught] == [RuntimeWarning]
+    assert "libncpvae_cpu.so failed to load: " in str(caught[0].message)
+    assert "failed to load" in unavailable["CPU"] and "\n" not in unavailable["CPU"]
+
+
+def test_disabled_libraries_are_not_even_looked_for(load, tmp_path, monkeypatch):
+    (tmp_path / "libncpvae_cpu.so").write_bytes(b"not a library")
+    monkeypatch.setenv("NCPVAE_DISABLE_NATIVE", "1")
+    caught, unavailable = load()
+    assert not caught
+    assert all("NCPVAE_DISABLE_NATIVE" in unavailable[key] for key in ("CPU", "CUDA"))
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_disabling_can_be_switched_off(load, monkeypatch, value):
+    monkeypatch.setenv("NCPVAE_DISABLE_NATIVE", value)
+    caught, unavailable = load()
+    assert len(caught) == 1 and "NCPVAE_DISABLE_NATIVE" not in unavailable["CPU"]
+
+
+# --- the whole package, in a process of its own -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["no library", "broken library", "disabled"])
+def test_all_ops_run_without_native_kernels(state, tmp_path):
+    source = _library.PACKAGE
+    shutil.copytree(source, tmp_path / "ncpvae", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if state != "no library":
+        (tmp_path / "ncpvae" / "libncpvae_cpu.so").write_bytes(b"not a library")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NCPVAE_DISABLE_NATIVE": str(int(state == "disabled"))}
+    command = [sys.executable, "-W", "always::RuntimeWarning", "-c", ALL_OPS_RUN]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    reason = {"no library": "was not built", "broken library": "failed to load", "disabled": "NCPVAE_DISABLE_NATIVE"}
+    assert run.stdout.startswith("all ops ran; ") and reason[state] in run.stdout, run.stdout
+    assert run.stderr.count("RuntimeWarning: ncpvae runs its CPU ops") == int(state != "disabled"), run.stderr

@@ -1,0 +1,299 @@
+"""similarity_logsumexp: both directions of the scores' logsumexp, and their gradients, as torch has them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ncpvae import ops
+from ncpvae.ops import reference
+
+INF, NAN = math.inf, math.nan
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SHAPES = [(1, 1, 1), (5, 3, 1), (4, 1, 7), (1, 9, 16), (33, 65, 17), (130, 257, 64)]
+FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+def wide(dtype):
+    """What an op computes in, at least: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensors(N, K, D, dtype, device, normalise=False):
+    z, x = torch.randn(N, D, dtype=torch.float64), torch.randn(K, D, dtype=torch.float64)
+    if normalise:
+        z, x = (torch.nn.functional.normalize(t, dim=1) for t in (z, x))
+    return z.to(dtype).to(device), x.to(dtype).to(device)
+
+
+def dense(z, x, scale):
+    s = scale * (z @ x.T)
+    return s.logsumexp(1), s.logsumexp(0)
+
+
+def double(*values):
+    return [v.detach().double().cpu() for v in values]
+
+
+# --- against the dense formula ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, -2.0, 0.0, 100.0])
+def test_matches_the_dense_scores(shape, scale, dtype, device, assert_accurate):
+    z, x = tensors(*shape, dtype, device, normalise=abs(scale) == 100)
+    width = wide(dtype)
+    truth = dense(*double(z, x), scale)
+    eager = dense(z.to(width), x.to(width), scale)
+    defined = reference.similarity_logsumexp(*double(z, x), torch.tensor(scale, dtype=torch.float64))
+    for got, one, two, three in zip(ops.similarity_logsumexp(z, x, scale), eager, truth, defined, strict=True):
+        assert got.dtype == width
+        assert_accurate(got, one, two, width, units=8)
+        torch.testing.assert_close(three, two, rtol=1e-13, atol=1e-13)
+
+
+@FEW
+@given(
+    N=st.integers(0, 40),
+    K=st.integers(1, 40),
+    D=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.floats(-30, 30),
+)
+def test_any_shape(device, N, K, D, dtype, scale):
+    z, x = tensors(N, K, D, dtype, device)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5 * (1 + abs(scale))
+    for got, truth in zip(ops.similarity_logsumexp(z, x, scale), dense(*double(z, x), scale), strict=True):
+        torch.testing.assert_close(got.double().cpu(), truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_is_a_number_or_a_tensor_of_any_floating_dtype(dtype, device):
+    z, x = tensors(5, 4, 3, dtype, device)
+    expected = ops.similarity_logsumexp(z, x, 2)
+    for scale in (2.0, *(torch.tensor(2.0, dtype=d, device=device) for d in DTYPES)):
+        for got, want in zip(ops.similarity_logsumexp(z, x, scale), expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_arguments_change_places(device):
+    z, x = tensors(20, 30, 8, torch.float64, device)
+    (lse_z, lse_x), (other_x, other_z) = ops.similarity_logsumexp(z, x, 3.0), ops.similarity_logsumexp(x, z, 3.0)
+    torch.testing.assert_close(lse_z, other_z)
+    torch.testing.assert_close(lse_x, other_x)
+
+
+def test_info_nce_of_matched_pairs_is_torchs_cross_entropy(device):
+    """What the op is for: both directions of a symmetric contrastive loss."""
+    z, x = tensors(40, 40, 16, torch.float64, device, normalise=True)
+    lse_z, lse_x = ops.similarity_logsumexp(z, x, 14.0)
+    scores, target = 14 * z @ x.T, torch.arange(40, device=device)
+    loss = (lse_z - scores.diagonal()).mean(), (lse_x - scores.diagonal()).mean()
+    torch.testing.assert_close(loss[0], torch.nn.functional.cross_entropy(scores, target))
+    torch.testing.assert_close(loss[1], torch.nn.functional.cross_entropy(scores.T, target))
+
+
+# --- awkward input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "offset", "padded_rows"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_layout_changes_nothing(layout, dtype, device, layouts):
+    z, x = tensors(33, 21, 10, dtype, device)
+    expected, got = ops.similarity_logsumexp(z, x, 1.5), ops.similarity_logsumexp(*map(layouts[layout], (z, x)), 1.5)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_expanded_rows(device):
+    z, x = tensors(1, 6, 5, torch.float32, device)
+    got, expected = ops.similarity_logsumexp(z.expand(7, -1), x, 1.0), ops.similarity_logsumexp(z.repeat(7, 1), x, 1.0)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(dtype, device):
+    z, x = (t.requires_grad_() for t in tensors(0, 5, 3, dtype, device))
+    scale = torch.tensor(2.0, device=device, requires_grad=True)
+    lse_z, lse_x = ops.similarity_logsumexp(z, x, scale)
+    assert lse_z.shape == (0,) and (lse_x == -INF).all() and lse_x.shape == (5,)
+    gradients = torch.autograd.grad(lse_z.sum(), (z, x, scale))
+    assert gradients[0].shape == (0, 3) and all((g == 0).all() for g in gradients)
+
+
+def test_ties_count_each(device):
+    z, x = torch.ones(6, 4, device=device), torch.ones(5, 4, device=device)
+    lse_z, lse_x = ops.similarity_logsumexp(z, x, 10.0)
+    torch.testing.assert_close(lse_z, torch.full_like(lse_z, 40 + math.log(5)))
+    torch.testing.assert_close(lse_x, torch.full_like(lse_x, 40 + math.log(6)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float16, 65504.0),
+        (torch.float16, 6e-8),
+        (torch.bfloat16, 1e18),
+        (torch.float32, 1e18),
+        (torch.float32, 1e-30),
+    ],
+    ids=str,
+)
+def test_scores_far_beyond_exp_are_no_trouble(dtype, size, device):
+    """The maximum comes from the data and not from an assumption that rows are normalised."""
+    z, x = (size * torch.sign(t) for t in tensors(9, 11, 4, dtype, device))
+    for got, truth in zip(ops.similarity_logsumexp(z, x, 1.0), dense(*double(z, x), 1.0), strict=True):
+        torch.testing.assert_close(got.double().cpu(), truth, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_bad_rows_reach_only_what_they_belong_to(bad, device):
+    z, x = tensors(6, 5, 3, torch.float32, device)
+    expected = ops.similarity_logsumexp(z, x, 1.0)[0]
+    z[2, 1] = bad
+    lse_z, lse_x = ops.similarity_logsumexp(z, x, 1.0)
+    keep = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(lse_z[keep], expected[keep], rtol=1e-6, atol=1e-6)
+    for got, truth in zip((lse_z, lse_x), dense(*double(z, x), 1.0), strict=True):
+        torch.testing.assert_close(got.double().cpu(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+# --- threads, gradients, torch.library, torch.compile -------------------------------------------------------
+
+
+def test_threads_change_nothing():
+    """Only the package's own kernel promises this: plain torch leaves its matrix products to a BLAS library."""
+    from ncpvae.ops import _library
+
+    if "CPU" in _library.NATIVE_UNAVAILABLE:
+        pytest.skip("native CPU kernels are not in use")
+    (z, x), scale, results = tensors(517, 391, 37, torch.float32, "cpu"), torch.tensor(1.5), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        lse = ops.similarity_logsumexp(z, x, scale)
+        results.append([*lse, *torch.ops.ncpvae.similarity_logsumexp_backward(lse[0], lse[1], z, x, scale, *lse)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2), (1, 4, 3), (4, 1, 1)], ids=str)
+def test_gradients_once_and_twice(shape, device):
+    z, x = tensors(*shape, torch.float64, device)
+    scale = torch.tensor(0.7, dtype=torch.float64, device=device)
+    inputs = [t.requires_grad_() for t in (z, x, scale)]
+    assert torch.autograd.gradcheck(ops.similarity_logsumexp, inputs)
+    assert torch.autograd.gradgradcheck(ops.similarity_logsumexp, inputs)
+    for output in (0, 1):  # one direction alone
+        assert torch.autograd.gradcheck(lambda *a, o=output: ops.similarity_logsumexp(*a)[o], inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradient_error_is_bounded_by_eager(shape, dtype, device, assert_accurate):
+    inputs = [*tensors(*shape, dtype, device, normalise=True), torch.tensor(8.0, dtype=dtype, device=device)]
+    cotangents = torch.randn(shape[0], dtype=torch.float64), torch.randn(shape[1], dtype=torch.float64)
+
+    def gradients(op, inputs):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        outputs = op(*inputs)
+        return torch.autograd.grad(
+            outputs, inputs, [c.to(o.dtype).to(o.device) for c, o in zip(cotangents, outputs, strict=True)]
+        )
+
+    got, eager = gradients(ops.similarity_logsumexp, inputs), gradients(dense, inputs)
+    truth = gradients(dense, double(*inputs))
+    for one, two, three in zip(got, eager, truth, strict=True):
+        assert one.dtype == dtype
+        assert_accurate(one, two, three, dtype, units=4)
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_each_argument_alone_gets_its_gradient(wanted, device):
+    z, x = tensors(6, 5, 4, torch.float64, device)
+    inputs = [z, x, torch.tensor(1.3, dtype=torch.float64, device=device)]
+    inputs[wanted].requires_grad_()
+    (got,) = torch.autograd.grad(sum(o.sum() for o in ops.similarity_logsumexp(*inputs)), inputs[wanted])
+    (expected,) = torch.autograd.grad(sum(o.sum() for o in dense(*inputs)), inputs[wanted])
+    torch.testing.assert_close(got, expected)
+
+
+def test_gradient_of_non_contiguous_inputs(device, layouts):
+    z, x = tensors(7, 6, 5, torch.float64, device)
+    expected = torch.func.grad(lambda z, x: sum(o.sum() for o in dense(z, x, 2.0)), argnums=(0, 1))(z, x)
+    for layout in layouts.values():
+        leaves = [layout(t).requires_grad_() for t in (z, x)]
+        outputs = ops.similarity_logsumexp(*leaves, 2.0)
+        one = torch.ones((), dtype=z.dtype, device=device)  # expanded, as sum() hands it on
+        got = torch.autograd.grad(outputs, leaves, [one.expand_as(o) for o in outputs])
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(dtype, device):
+    z, x = tensors(5, 4, 3, dtype, device)
+    scale = torch.tensor(1.5, dtype=dtype, device=device)
+    lse_z, lse_x = ops.similarity_logsumexp(z, x, scale)
+    backward = torch.ops.ncpvae.similarity_logsumexp_backward.default
+    torch.library.opcheck(backward, (torch.randn_like(lse_z), torch.randn_like(lse_x), z, x, scale, lse_z, lse_x))
+    inputs = tuple(t.requires_grad_() for t in (z, x, scale))
+    torch.library.opcheck(torch.ops.ncpvae.similarity_logsumexp.default, inputs)
+
+
+def test_opcheck_on_transposed_inputs(device):
+    """What the shape functions promise of the strides must be what the kernels return."""
+    z, x = (t.T for t in tensors(3, 3, 6, torch.float32, device))
+    scale = torch.tensor(1.5, device=device)
+    lse_z, lse_x = ops.similarity_logsumexp(z, x, scale)
+    torch.library.opcheck(torch.ops.ncpvae.similarity_logsumexp.default, (z, x, scale))
+    torch.library.opcheck(
+        torch.ops.ncpvae.similarity_logsumexp_backward.default, (lse_z, lse_x, z, x, scale, lse_z, lse_x)
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("scale", [2.0, torch.tensor(2.0, dtype=torch.float64)], ids=["number", "tensor"])
+def test_compiles_whole_with_its_gradient(scale, dynamic, device):
+    def loss(z, x, scale):
+        lse_z, lse_x = ops.similarity_logsumexp(z, x, scale)
+        return lse_z.sum() - lse_x.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    scale = scale.to(device) if isinstance(scale, torch.Tensor) else scale
+    for rows in (4, 6):
+        inputs = [t.requires_grad_() for t in tensors(rows, 5, 3, torch.float64, device)]
+        expected, got = (torch.autograd.grad(f(*inputs, scale), inputs) for f in (loss, compiled))
+        torch.testing.assert_close(got, expected)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+Z, X = torch.zeros(4, 3), torch.zeros(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (([[0.0]], X, 1.0), TypeError, ["z", "tensor", "list"]),
+        ((Z.int(), X, 1.0), TypeError, ["z", "float32", "torch.int32"]),
+        ((Z[0], X, 1.0), ValueError, ["z", "2 dimension", "(3,)"]),
+        ((Z[:, :0], X[:, :0], 1.0), ValueError, ["z", "D ≥ 1", "(4, 0)"]),
+        ((Z, None, 1.0), TypeError, ["x", "tensor", "NoneType"]),
+        ((Z, X.double(), 1.0), TypeError, ["x", "z's dtype torch.float32", "torch.float64"]),
+        ((Z, X[0], 1.0), ValueError, ["x", "2 dimension", "(3,)"]),
+        ((Z, X[:, :2], 1.0), ValueError, ["x", "(5, 3)", "(5, 2)"]),
+        ((Z, X[:0], 1.0), ValueError, ["x", "K ≥ 1", "(0, 3)"]),
+        ((Z, X.to("meta"), 1.0), ValueError, ["x", "device", "cpu", "meta"]),
+        ((Z, X, torch.ones(1)), ValueError, ["scale", "0 dimension", "(1,)"]),
+        ((Z, X, torch.tensor(1)), TypeError, ["scale", "float32", "torch.int64"]),
+        ((Z, X, torch.tensor(1.0, device="meta")), ValueError, ["scale", "device", "cpu", "meta"]),
+        ((Z, X, "1"), TypeError, ["scale", "str"]),
+        ((Z, X, None), TypeError, ["scale", "NoneType"]),
+    ],
+)
+def test_names_what_is_wrong(arguments, error, words):
+    with pytest.raises(error) as caught:
+        ops.similarity_logsumexp(*arguments)
+    assert type(caught.value) is error
+    assert all(word in str(caught.value) for word in ["similarity_logsumexp:", *words]), str(caught.value)

@@ -1,0 +1,192 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from scipy import stats
+from torch.distributions import MultivariateNormal
+from toy import LOG_Z, MEAN, STD, ExactRatio, exact_prior, expected_ess_fraction
+
+from ncpvae import SIR, Langevin, NoiseContrastivePrior, Normal
+from ncpvae.distributions import diagonal_normal
+
+
+def test_sir_draws_from_the_target():
+    result = SIR(2000).sample(exact_prior()(), (3000,))
+    for coordinate in result.z.T:
+        assert stats.kstest(coordinate, "norm", args=(MEAN, STD)).pvalue > 1e-4
+    assert abs(torch.corrcoef(result.z.T)[0, 1]) < 5 / math.sqrt(3000)
+
+
+def test_the_base_alone_would_fail_that_test():
+    base = exact_prior().base_distribution().sample((3000,))
+    assert stats.kstest(base[:, 0], "norm", args=(MEAN, STD)).pvalue < 1e-10
+
+
+def test_sir_with_one_proposal_is_the_base():
+    z = SIR(1).sample(exact_prior()(), (4000,)).z
+    assert stats.kstest(z[:, 0], "norm").pvalue > 1e-4
+
+
+def test_sir_diagnostics_hold_ess_and_log_z():
+    d = SIR(5000).sample(exact_prior()(), (64,)).diagnostics
+    assert d.ess.shape == (64,)
+    assert d.ess.mean() / 5000 == pytest.approx(expected_ess_fraction(2), rel=0.05)
+    assert d.log_normalizer == pytest.approx(LOG_Z, abs=0.02)
+    assert (d.num_proposals, d.stopped) == (5000, "num_proposals")
+    assert d.seconds > 0
+
+
+@pytest.mark.parametrize("chunk_size", [1024, 2048, 5120, 8192])
+def test_chunk_size_changes_nothing(chunk_size):
+    generator = torch.Generator().manual_seed(3)
+    reference = SIR(5000, chunk_size=1024).sample(exact_prior()(), (7,), generator=torch.Generator().manual_seed(3))
+    chunked = SIR(5000, chunk_size=chunk_size).sample(exact_prior()(), (7,), generator=generator)
+    assert torch.equal(reference.z, chunked.z)
+    torch.testing.assert_close(reference.diagnostics.ess, chunked.diagnostics.ess)
+
+
+def test_odd_chunk_sizes_still_draw_from_the_target():
+    z = SIR(500, chunk_size=37).sample(exact_prior()(), (2000,)).z
+    assert stats.kstest(z[:, 0], "norm", args=(MEAN, STD)).pvalue > 1e-4
+
+
+def test_min_ess_draws_on_until_reached_or_says_that_it_was_not():
+    reached = SIR(100, min_ess=1500).sample(exact_prior()(), (3,)).diagnostics
+    assert reached.stopped == "min_ess" and (reached.ess >= 1500).all() and reached.num_proposals > 100
+    limited = SIR(100, min_ess=1e6, max_proposals=3000).sample(exact_prior()(), (3,)).diagnostics
+    assert limited.stopped == "max_proposals" and limited.num_proposals == 3000
+
+
+def test_draws_per_row_shares_proposals_and_keeps_the_distribution():
+    result = SIR(4000, draws_per_row=50).sample(exact_prior()(), (60, 70))
+    assert result.z.shape == (60, 70, 2)
+    assert len(result.diagnostics.ess) == 84
+    assert result.z.mean().item() == pytest.approx(MEAN, abs=0.05)
+    assert result.z.std().item() == pytest.approx(STD, abs=0.05)
+
+
+def test_batch_of_contexts_keeps_its_rows_apart():
+    means = torch.tensor([-5.0, 0.0, 5.0])[:, None].expand(3, 2)
+    distribution = NoiseContrastivePrior(diagonal_normal(means, torch.ones(3, 2)), _Flat())()
+    for sampler in (SIR(50), SIR(50, draws_per_row=2), Langevin(3, 1e-3)):
+        z = sampler.sample(distribution, (4,)).z
+        assert z.shape == (4, 3, 2)
+        assert (z.mean(0) - means).abs().max() < 3
+
+
+def test_empty_shape_gives_one_sample():
+    assert SIR(10).sample(exact_prior()()).z.shape == (2,)
+    assert Langevin(2).sample(exact_prior()()).z.shape == (2,)
+
+
+@pytest.mark.parametrize("space", ["z", "epsilon"])
+def test_langevin_reaches_its_known_stationary_law(space):
+    """ULA on N(m, s²) is an AR(1) with coefficient a = 1 − λ/(2s²) and stationary variance λ/(1 − a²)."""
+    step = 0.1
+    z = Langevin(60, step, space=space).sample(exact_prior()(), (20_000,)).z
+    a = 1 - step / (2 * STD**2)
+    variance = step / (1 - a**2)
+    assert z.mean().item() == pytest.approx(MEAN, abs=5 * math.sqrt(variance / 40_000))
+    assert z.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / 40_000))
+
+
+def test_epsilon_space_does_not_depend_on_the_scale_of_the_base():
+    """With z = μ + σε the chain for (μ, σ) is the standard chain, moved and scaled."""
+
+    def chain(mean, std):
+        prior = NoiseContrastivePrior(Normal(2, mean, std), _Standardised(mean, std))
+        generator = torch.Generator().manual_seed(1)
+        return Langevin(20, 0.05, space="epsilon").sample(prior(), (50,), generator).z
+
+    torch.testing.assert_close((chain(3.0, 0.01) - 3.0) / 0.01, chain(0.0, 1.0), rtol=1e-3, atol=1e-3)
+
+
+def test_other_bases_are_differentiated_through():
+    """A MultivariateNormal base with the identity covariance gives the chain of the Normal base."""
+    joint = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    other = NoiseContrastivePrior(joint, ExactRatio())
+    a = Langevin(10, 0.05).sample(exact_prior()(), (50,), torch.Generator().manual_seed(1)).z
+    b = Langevin(10, 0.05).sample(other(), (50,), torch.Generator().manual_seed(1)).z
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_temperature_zero_climbs_to_the_mode():
+    z = Langevin(300, 0.1, temperature=0.0).sample(exact_prior()(), (10,)).z
+    torch.testing.assert_close(z, torch.full_like(z, MEAN), atol=1e-3, rtol=0)
+
+
+def test_langevin_leaves_no_gradient_behind():
+    prior = exact_prior()
+    Langevin(3).sample(prior(), (4,))
+    assert all(p.grad is None for p in prior.parameters())
+
+
+class _Flat(torch.nn.Module):
+    def forward(self, z, context=None):
+        return (0 * z).sum(-1)
+
+
+class _Standardised(torch.nn.Module):
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, z, context=None):
+        return -((z - self.mean) / self.std - 0.5).square().sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: SIR(0), ValueError, "SIR: num_proposals must be ≥ 1, got 0"),
+        (lambda: SIR(2.5), TypeError, "SIR: num_proposals must be an integer, got float"),
+        (lambda: SIR(10, chunk_size=0), ValueError, "SIR: chunk_size must be ≥ 1, got 0"),
+        (lambda: SIR(10, min_ess=-1), ValueError, "SIR: min_ess must be finite and > 0, got -1"),
+        (lambda: SIR(10, max_proposals=5), ValueError, "SIR: max_proposals must be ≥ num_proposals, got 5 < 10"),
+        (lambda: SIR(10).sample(exact_prior()(), (0,)), ValueError, "SIR: shape must hold at least one sample"),
+        (lambda: Langevin(0), ValueError, "Langevin: num_steps must be ≥ 1, got 0"),
+        (lambda: Langevin(5, -0.1), ValueError, "Langevin: step_size must be finite and > 0, got -0.1"),
+        (lambda: Langevin(5, math.nan), ValueError, "Langevin: step_size must be finite"),
+        (lambda: Langevin(5, space="x"), ValueError, "Langevin: space must be 'z' or 'epsilon', got 'x'"),
+        (lambda: Langevin(5, temperature=-1.0), ValueError, "Langevin: temperature must be finite and ≥ 0"),
+        (
+            lambda: Langevin(5, space="epsilon").sample(
+                NoiseContrastivePrior(MultivariateNormal(torch.zeros(2), torch.eye(2)), ExactRatio())()
+            ),
+            TypeError,
+            "Langevin: space 'epsilon' needs a Normal base, got MultivariateNormal",
+        ),
+        (
+            lambda: Langevin(200, 100.0).sample(exact_prior()(), (4,)),
+            ValueError,
+            "step_size must be smaller than 100.0",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+PEAK = """
+import resource, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from ncpvae import SIR, MLPClassifier, NoiseContrastivePrior, Normal
+torch.set_num_threads(1)
+prior = NoiseContrastivePrior(Normal(2), MLPClassifier(2, (4,)))
+SIR(10_000).sample(prior(), (2,))
+SIR(int(sys.argv[1])).sample(prior(), (2,))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_proposals():
+    """A million proposals for each sample peak within 10 % of ten thousand."""
+    few, many = (
+        int(subprocess.run([sys.executable, "-c", PEAK, count], capture_output=True, text=True, check=True).stdout)
+        for count in ("10000", "1000000")
+    )
+    assert many < 1.1 * few

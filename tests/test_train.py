@@ -1,0 +1,248 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from toy import MEAN, STD
+
+import ncpvae
+from ncpvae import MLPClassifier, NoiseContrastivePrior, Normal, TrainingDiverged, fit_ncp, fit_vae
+from ncpvae.distributions import diagonal_normal
+from ncpvae.train.engine import learning_rate_factor, minibatches, train
+
+
+def codes(n=20_000, dim=2):
+    return MEAN + STD * torch.randn(n, dim)
+
+
+def toy_prior(dim=2):
+    torch.manual_seed(0)
+    return NoiseContrastivePrior(Normal(dim), MLPClassifier(dim, (64, 64)))
+
+
+def toy_vae():
+    torch.manual_seed(0)
+    encoder, decoder = ncpvae.MLPEncoder(2, [16], 2), ncpvae.MLPDecoder(2, [16], (2,))
+    return ncpvae.VAE(encoder, decoder, ncpvae.NormalLikelihood(0.3), Normal(2))
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    torch.manual_seed(0)
+    prior = toy_prior()
+    return prior, fit_ncp(prior, codes(), steps=1500, progress=False)
+
+
+def test_learned_ratio_is_the_known_one(fitted):
+    prior, _ = fitted
+    z = codes(2000)
+    truth = diagonal_normal(torch.full((2,), MEAN), torch.full((2,), STD)).log_prob(
+        z
+    ) - prior.base_distribution().log_prob(z)
+    error = (prior.log_ratio(z) - truth).abs()
+    assert error.mean() < 0.1
+    assert (truth - truth.mean()).abs().mean() > 5 * error.mean()  # a constant ratio would not do
+
+
+def test_learned_prior_is_normalised_and_samples_right(fitted):
+    prior, _ = fitted
+    estimate = prior.estimate_log_normalizer(200_000)
+    assert abs(estimate.value) < 0.05
+    z = prior.sample((4000,), sampler=ncpvae.SIR(1000))
+    assert z.mean().item() == pytest.approx(MEAN, abs=0.05)
+    assert z.std().item() == pytest.approx(STD, abs=0.05)
+
+
+def test_loss_and_jsd_are_those_of_the_optimal_classifier(fitted):
+    _, result = fitted
+    q, p = codes(400_000), torch.randn(400_000, 2)
+    log_r = [
+        diagonal_normal(torch.full((2,), MEAN), torch.full((2,), STD)).log_prob(z)
+        - diagonal_normal(torch.zeros(2), torch.ones(2)).log_prob(z)
+        for z in (q, p)
+    ]
+    optimum = ncpvae.objectives.nce(*log_r).item()
+    assert result.loss == pytest.approx(optimum, abs=0.05)
+    assert result.jsd == pytest.approx(math.log(2) - 0.5 * result.loss)
+    assert result.trustworthy and 0.5 < result.accuracy < 0.9
+
+
+def test_equal_distributions_teach_nothing():
+    result = fit_ncp(toy_prior(), torch.randn(20_000, 2), steps=200, progress=False)
+    assert result.loss == pytest.approx(2 * math.log(2), abs=0.01)
+    assert result.accuracy == pytest.approx(0.5, abs=0.03)
+
+
+def test_easily_separated_classes_warn():
+    with pytest.warns(RuntimeWarning, match="too easily.*Normal.fit"):
+        result = fit_ncp(toy_prior(), 20 + 0.1 * torch.randn(2000, 2), steps=300, progress=False)
+    assert not result.trustworthy
+
+
+def test_fit_ncp_is_deterministic_and_leaves_the_generator_alone():
+    results, state = [], torch.get_rng_state()
+    for seed in (0, 0, 1):
+        prior = toy_prior()
+        torch.set_rng_state(state)
+        fit_ncp(prior, codes(2000), steps=50, seed=seed, progress=False)
+        results.append(weights(prior.classifier))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    torch.set_rng_state(state)
+    data = codes(2000)
+    before = torch.get_rng_state()
+    fit_ncp(toy_prior_without_seeding(), data, steps=5, progress=False)
+    assert not torch.equal(before, state) or torch.equal(before, torch.get_rng_state())
+
+
+def toy_prior_without_seeding():
+    with torch.random.fork_rng():
+        return toy_prior()
+
+
+def test_fit_ncp_touches_only_the_classifier():
+    vae = toy_vae()
+    prior = NoiseContrastivePrior(Normal(2, learn=True), MLPClassifier(2, (8,)))
+    base, encoder, classifier = weights(prior.base), weights(vae), weights(prior.classifier)
+    fit_ncp(prior, vae=vae, data=torch.randn(500, 2), steps=20, progress=False)
+    assert torch.equal(base, weights(prior.base)) and torch.equal(encoder, weights(vae))
+    assert not torch.equal(classifier, weights(prior.classifier))
+    assert not prior.classifier.training
+
+
+def test_training_forgets_an_old_log_normalizer():
+    prior = toy_prior()
+    prior.estimate_log_normalizer(100)
+    fit_ncp(prior, codes(500), steps=2, progress=False)
+    with pytest.raises(RuntimeError, match="estimate_log_normalizer"):
+        prior.log_prob(torch.zeros(2))
+
+
+@pytest.mark.parametrize("kind", ["distribution", "draws", "module"])
+def test_any_vae_will_do(kind):
+    def encode(x):
+        return diagonal_normal(x, torch.full_like(x, 0.1))
+
+    class Foreign(nn.Module):
+        encode = staticmethod(encode)
+
+    vae = {"distribution": encode, "draws": lambda x: encode(x).sample(), "module": Foreign()}[kind]
+    result = fit_ncp(toy_prior(), vae=vae, data=codes(2000), steps=100, progress=False)
+    assert result.loss < 1.3
+
+
+def test_own_base_samples_are_used():
+    result = fit_ncp(toy_prior(), torch.randn(4000, 2) + 3, torch.randn(4000, 2) + 3, steps=100, progress=False)
+    assert result.loss == pytest.approx(2 * math.log(2), abs=0.05)  # against the prior's own base it would fall
+
+
+def test_early_stopping_keeps_the_best_weights():
+    prior = NoiseContrastivePrior(Normal(2), MLPClassifier(2, (256, 256)))
+    result = fit_ncp(prior, codes(60), steps=2000, validate_every=20, patience=3, lr=3e-3, progress=False)
+    assert result.stopped_early and result.steps < 2000
+    losses = {record["step"]: record["validation_nce"] for record in result.history}
+    assert result.loss == min(losses.values()) == losses[result.best_step]
+
+
+def test_fit_vae_learns_and_reports():
+    vae, data = toy_vae(), torch.randn(2000, 2)
+    result = fit_vae(vae, data, validation=torch.randn(500, 2), steps=300, lr=5e-3, progress=False)
+    assert result.history[-1]["validation_loss"] < result.history[0]["validation_loss"] - 0.5
+    assert set(result.history[0]) >= {"step", "loss", "reconstruction", "kl", "validation_loss"}
+    assert not vae.training
+
+
+def test_fit_vae_is_deterministic_for_a_seed():
+    data, runs = torch.randn(500, 2), []
+    for seed in (0, 0, 1):
+        vae = toy_vae()
+        fit_vae(vae, data, steps=30, seed=seed, progress=False)
+        runs.append(weights(vae))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    stream = minibatches(10, 3, seed=4)
+    all_batches = [next(stream) for _ in range(9)]
+    resumed = minibatches(10, 3, seed=4, start_step=5)
+    assert torch.equal(next(resumed), all_batches[5])
+    epoch = torch.cat(all_batches[:3])
+    assert len(set(epoch.tolist())) == 9
+
+
+def test_learning_rate_schedules():
+    cosine = learning_rate_factor("cosine", 100)
+    assert cosine(0) == 1 and cosine(50) == pytest.approx(0.5) and cosine(100) == pytest.approx(0)
+    assert learning_rate_factor("constant", 100)(70) == 1
+    with pytest.raises(ValueError, match="schedule must be 'constant' or 'cosine', got 'step'"):
+        learning_rate_factor("step", 100)
+
+
+def test_nan_names_the_very_step_and_term():
+    model = nn.Linear(1, 1)
+    seen = iter(range(1, 1000))
+
+    def loss(_):
+        step = next(seen)
+        good = model.weight.sum() ** 2
+        return {"total": good, "penalty": good * (math.nan if step == 37 else 1.0)}
+
+    with pytest.raises(TrainingDiverged, match="step 37: loss term 'penalty' is nan"):
+        train(model, loss, iter(int, 1), steps=100, lr=1e-3, progress=False)
+
+
+def test_progress_bar_is_shown_or_not(capfd):
+    data = torch.randn(100, 2)
+    fit_vae(toy_vae(), data, steps=5, progress=False)
+    assert capfd.readouterr().err == ""
+    fit_vae(toy_vae(), data, steps=5, progress=True)
+    assert "VAE" in capfd.readouterr().err
+
+
+class TwoLogits(nn.Linear):
+    def forward(self, z, context=None):
+        return super().forward(z)
+
+
+def prior_of(classifier, dim=2):
+    return NoiseContrastivePrior(Normal(dim), classifier)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fit_ncp(nn.Linear(2, 1), codes(10)), TypeError, "prior must be a NoiseContrastivePrior, got Linear"),
+        (lambda: fit_ncp(toy_prior()), ValueError, "exactly one of posterior_samples and vae"),
+        (lambda: fit_ncp(toy_prior(), vae=toy_vae()), ValueError, "vae and data must be given together"),
+        (lambda: fit_ncp(toy_prior(), torch.zeros(0, 2)), ValueError, r"posterior_samples must be \[N, …\] with N ≥ 2"),
+        (lambda: fit_ncp(toy_prior(), codes().tolist()), TypeError, "posterior_samples must be a tensor"),
+        (lambda: fit_ncp(toy_prior(), codes(dim=3)), ValueError, r"base's event shape \(2,\) per row, got \(3,\)"),
+        (
+            lambda: fit_ncp(toy_prior(), codes(50), codes(50, 3)),
+            ValueError,
+            "base_samples must have the base's event shape",
+        ),
+        (lambda: fit_ncp(prior_of(MLPClassifier(4)), codes(50)), ValueError, "MLPClassifier: z must be"),
+        (lambda: fit_ncp(prior_of(TwoLogits(2, 2)), codes(50)), ValueError, "one logit per z"),
+        (lambda: fit_ncp(prior_of(nn.Identity()), codes(50)), ValueError, "must have parameters to train"),
+        (lambda: fit_ncp(toy_prior(), torch.full((50, 2), math.nan)), ValueError, "NaN or infinity in row 0"),
+        (lambda: fit_ncp(toy_prior(), codes(50), steps=0), ValueError, "steps must be ≥ 1, got 0"),
+        (lambda: fit_ncp(toy_prior(), codes(50), lr=-1.0), ValueError, "lr must be finite and > 0, got -1.0"),
+        (
+            lambda: fit_ncp(toy_prior(), codes(50), validation_fraction=0.0),
+            ValueError,
+            "validation_fraction must be between",
+        ),
+        (lambda: fit_ncp(toy_prior(), vae=lambda x: "q", data=codes(50)), TypeError, "vae must return a Distribution"),
+        (lambda: fit_vae(toy_vae(), torch.zeros(0, 2)), ValueError, r"fit_vae: data must be \[N, …\]"),
+        (lambda: fit_vae(toy_vae(), torch.tensor([[1.0, math.inf]])), ValueError, "data must be finite.*row 0"),
+        (lambda: fit_vae(toy_vae(), codes(50), schedule="step"), ValueError, "schedule must be"),
+        (lambda: fit_vae(toy_vae(), codes(50), batch_size=0), ValueError, "batch_size must be ≥ 1, got 0"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
