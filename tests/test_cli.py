@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ncpvae.cli import main
 
@@ -49,7 +51,6 @@ def test_mnist_demo_reads_real_images_and_reuses_a_trained_vae(data_folder, tmp_
         (["demo", "gaussians", "--steps", "0"], "--steps must be ≥ 1, got 0"),
         (["demo", "gaussians", "--output", "FILE/sub"], "cannot be written"),
         (["demo", "mnist", "--data-dir", "/no/such/folder"], "is not a folder"),
-        (["demo", "mnist", "--vae", "/no/such.safetensors"], "No such file"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
@@ -61,6 +62,22 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), (b"not safetensors", "does not hold the weights"), ("other", "does not hold the weights")],
+)
+def test_weights_that_are_none_are_one_line_and_status_2(content, message, data_folder, tmp_path, capsys):
+    file = tmp_path / "weights.safetensors"
+    if content == "other":
+        save_file({"a": torch.zeros(3)}, file)
+    elif content is not None:
+        file.write_bytes(content)
+    arguments = ["demo", "mnist", "--vae", str(file), "--data-dir", data_folder, "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and len(printed.strip().splitlines()) == 1
 
 
 def test_usage_errors_have_status_2_too():

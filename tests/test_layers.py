@@ -11,7 +11,8 @@ LAYERS = [
     "vae nvae text_vae classifiers critics info",
     "samplers",
     "priors",  # a prior's default sampler comes from samplers, never the other way round
-    "objectives metrics data plots",
+    "objectives",
+    "metrics data plots",
     "train adapters",
     "recipes demos",
     "cli",

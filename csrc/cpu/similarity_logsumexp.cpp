@@ -116,7 +116,7 @@ double backward(const Side<T>& a, const Side<T>& b, A scale, int64_t D, T* gradi
 
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const auto block = zeros<A>(kRowBlock * D), sum = zeros<A>(kRowBlock * padded);
-    alignas(64) A dot[kRowBlock * kColumnBlock], weight[kColumnBlock];
+    alignas(64) A dot[kRowBlock * kColumnBlock], score[kColumnBlock];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task * kRowBlock, rows = a.size - first < kRowBlock ? a.size - first : kRowBlock;
       copy_rows(a.vectors, first, rows, D, block.get(), D);
@@ -127,13 +127,15 @@ double backward(const Side<T>& a, const Side<T>& b, A scale, int64_t D, T* gradi
         for (int64_t i = 0; i < rows; ++i) {
           A* row = dot + i * kColumnBlock;
           const A grad = a.grad[first + i], lse = a.lse[first + i];
+          // Rounded here, in a loop of its own, as it was in the forward pass: a fused multiply and subtract would not
+          // cancel against the lse of a row that one score dominates.
+          for (int64_t k = 0; k < columns; ++k) score[k] = scale * row[k];
           for (int64_t k = 0; k < columns; ++k) {
-            const A score = scale * row[k];
-            const A ds = grad * fast_exp(score - lse) + b.grad[j + k] * fast_exp(score - b.lse[j + k]);
-            weight[k] = ds * row[k];
+            const A ds = grad * fast_exp(score[k] - lse) + b.grad[j + k] * fast_exp(score[k] - b.lse[j + k]);
+            score[k] = ds * row[k];
             row[k] = ds;
           }
-          dscale[task] += lane_sum(weight, columns);
+          dscale[task] += lane_sum(score, columns);
         }
         for (int64_t d = 0; d < D; d += kPadding) {
           product_panel<true>(dot, kColumnBlock, b_rows.get() + j * padded + d, padded, columns, sum.get() + d, padded,

@@ -175,24 +175,22 @@ inline T lane_sum(const T* values, int64_t size) {
 // The largest value, NaN passed over; −inf where there is none.
 template <typename T>
 inline T lane_max(const T* values, int64_t size) {
-  T most = -static_cast<T>(INFINITY);
-  int64_t i = 0;
-  if (size >= kLanes) {
-    T lane[kLanes];
-    for (T& value : lane) value = most;
-    Lanes<T> lanes;
-    std::memcpy(lanes.part, lane, sizeof lane);
-    for (; i + kLanes <= size; i += kLanes) {
+  const int64_t whole = size / kLanes * kLanes;
+  T lane[kLanes];
+  for (T& value : lane) value = -static_cast<T>(INFINITY);
+  Lanes<T> lanes;
+  std::memcpy(lanes.part, lane, sizeof lane);
+  for (int64_t i = 0; i < whole; i += kLanes) {
 #pragma GCC unroll 8
-      for (int64_t p = 0; p < lanes.parts; ++p) {
-        const Vector<T> next = load(values + i + p * lanes.width);
-        lanes.part[p] = next > lanes.part[p] ? next : lanes.part[p];
-      }
+    for (int64_t p = 0; p < lanes.parts; ++p) {
+      const Vector<T> next = load(values + i + p * lanes.width);
+      lanes.part[p] = next > lanes.part[p] ? next : lanes.part[p];
     }
-    std::memcpy(lane, lanes.part, sizeof lane);
-    for (T value : lane) most = value > most ? value : most;
   }
-  for (; i < size; ++i) most = values[i] > most ? values[i] : most;
+  std::memcpy(lane, lanes.part, sizeof lane);
+  T most = lane[0];
+  for (T value : lane) most = value > most ? value : most;
+  for (int64_t i = whole; i < size; ++i) most = values[i] > most ? values[i] : most;
   return most;
 }
 

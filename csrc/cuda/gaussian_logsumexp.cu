@@ -5,8 +5,7 @@
 // (fma(z, 1/std, −mean/std) would save the subtraction and with it all digits that z and the mean share.) A block owns
 // a tile of rows and runs over the components with a running (max, sum) per row in registers.
 // Backward: the log-densities are formed again and become responsibilities in shared memory; one kernel owns rows and
-// runs over components for ∂z, one owns components and runs over rows for the rest. No atomics: every sum has one
-// order.
+// runs over components for ∂z, one owns components and runs over rows for the rest. No atomics: sums have one order.
 //
 // The reference is in python/ncpvae/ops/reference.py.
 #include "tile.h"
@@ -47,14 +46,10 @@ struct Stages {
 
 // log(w_c N(z_r; c)) for this thread's rows and components of the tile at (row, column); −inf outside.
 template <typename T>
-__device__ __forceinline__ void log_joint(T (&out)[kPer<T>][kPer<T>], Stages<T>& stages, const Matrix<T>& z,
+__device__ __forceinline__ void log_joint(Patch<T>& out, Stages<T>& stages, const Matrix<T>& z,
                                           const Components<T>& components, int64_t row, int64_t column) {
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-#pragma unroll
-  for (int i = 0; i < kPer<T>; ++i) {
-#pragma unroll
-    for (int j = 0; j < kPer<T>; ++j) out[i][j] = 0;
-  }
+  clear<T>(out);
   for (int64_t dim = 0; dim < z.dims; dim += kDepth) {
     __syncthreads();  // nobody reads the stages any more
     stage_dims(stages.z, z, row, dim);
@@ -101,7 +96,7 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
     const int64_t row = block / shares.splits * kTile<T>, split = block % shares.splits;
     RunningLogSumExp<T> state[kPer<T>];
     for (int64_t tile = shares.first_tile(block); tile < shares.end_tile(block); ++tile) {
-      T values[kPer<T>][kPer<T>];
+      Patch<T> values;
       log_joint(values, stages, z, components, row, tile * kTile<T>);
 #pragma unroll
       for (int i = 0; i < kPer<T>; ++i) merge(state[i], summarise(values[i]));
@@ -115,9 +110,10 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
   }
 }
 
-// log_joint, made grad_r · exp(log_joint − lse_r); zero outside. A row without mass (lse = −inf) has no gradient.
+// log_joint, made grad_r · exp(log_joint − lse_r); zero outside. A row without mass (lse = −inf) has no gradient, and
+// no t counts where this is zero.
 template <typename T>
-__device__ __forceinline__ void responsibilities(T (&out)[kPer<T>][kPer<T>], Stages<T>& stages, const Matrix<T>& z,
+__device__ __forceinline__ void responsibilities(Patch<T>& out, Stages<T>& stages, const Matrix<T>& z,
                                                  const Components<T>& components, const T* grad, const T* lse,
                                                  int64_t row, int64_t column) {
   log_joint(out, stages, z, components, row, column);
@@ -148,17 +144,13 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
     T* const part = parts + block % shares.splits * z.rows * z.dims;
     for (int64_t tile = shares.first_tile(block); tile < shares.end_tile(block); ++tile) {
       const int64_t column = tile * kTile<T>;
-      T values[kPer<T>][kPer<T>];
+      Patch<T> values;
       responsibilities(values, stages, z, components, grad, lse, row, column);
-#pragma unroll
-      for (int j = 0; j < kPer<T>; ++j) {
-#pragma unroll
-        for (int i = 0; i < kPer<T>; ++i) rho.at[tx * kPer<T> + j][ty * kPer<T> + i] = values[i][j];
-      }
+      place<true>(rho, values);
       const int width = min_int(components.mean.rows - column, kTile<T>);
       for (int64_t dim = 0; dim < z.dims; dim += kTile<T>) {
         const int64_t my_dim = dim + tx * kPer<T>;
-        T value[kPer<T>][kPer<T>], sum[kPer<T>][kPer<T>] = {};
+        Patch<T> value, sum = {};
         hold(value, z, my_row, my_dim);
         for (int first = 0; first < width; first += kDepth) {
           __syncthreads();
@@ -176,7 +168,7 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
             for (int i = 0; i < kPer<T>; ++i) {
 #pragma unroll
               for (int j = 0; j < kPer<T>; ++j) {
-                const T t = (value[i][j] - mean[j]) * inverse_std[j];
+                const T t = weight[i] == 0 ? T(0) : (value[i][j] - mean[j]) * inverse_std[j];  // t may be ∞
                 sum[i][j] = fma(-weight[i] * t, inverse_std[j], sum[i][j]);
               }
             }
@@ -205,18 +197,13 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
     T weight_sum = 0;
     for (int64_t tile = shares.first_tile(block); tile < shares.end_tile(block); ++tile) {
       const int64_t row = tile * kTile<T>;
-      T values[kPer<T>][kPer<T>];
+      Patch<T> values;
       responsibilities(values, stages, z, components, grad, lse, row, column);
-#pragma unroll
-      for (int i = 0; i < kPer<T>; ++i) {
-#pragma unroll
-        for (int j = 0; j < kPer<T>; ++j) rho.at[ty * kPer<T> + i][tx * kPer<T> + j] = values[i][j];
-      }
+      place<false>(rho, values);
       const int height = min_int(z.rows - row, kTile<T>);
       for (int64_t dim = 0; dim < z.dims; dim += kTile<T>) {
         const int64_t my_dim = dim + tx * kPer<T>;
-        T mean[kPer<T>][kPer<T>], inverse_std[kPer<T>][kPer<T>], sum[kPer<T>][kPer<T>] = {},
-                                                                 sum_sq[kPer<T>][kPer<T>] = {};
+        Patch<T> mean, inverse_std, sum = {}, sum_sq = {};
         hold(mean, components.mean, mine, my_dim);
         hold(inverse_std, components.inverse_std, mine, my_dim);
         for (int first = 0; first < height; first += kDepth) {
@@ -232,7 +219,7 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
             for (int i = 0; i < kPer<T>; ++i) {
 #pragma unroll
               for (int j = 0; j < kPer<T>; ++j) {
-                const T t = (value[j] - mean[i][j]) * inverse_std[i][j];
+                const T t = weight[i] == 0 ? T(0) : (value[j] - mean[i][j]) * inverse_std[i][j];
                 sum[i][j] = fma(weight[i], t, sum[i][j]);
                 sum_sq[i][j] = fma(weight[i], fma(t, t, T(-1)), sum_sq[i][j]);
               }
@@ -281,14 +268,13 @@ Prepared check_and_prepare(const char* op, const Launcher& launcher, const Tenso
   }
   const ScalarType type = accumulation_type(z.scalar_type());
   const Tensor wide_log_std = widened(log_std);
-  std::optional<Tensor> wide_weight;
-  if (log_weight.has_value()) wide_weight = widened(*log_weight);
+  const Tensor wide_weight = log_weight.has_value() ? widened(*log_weight) : wide_log_std;
   Prepared p{widened(z), widened(mean), new_tensor(mean, {mean.size(0), mean.size(1)}, type),
              new_tensor(mean, {mean.size(0)}, type), type};
   dispatch_wide(type, [&](auto zero) {
     using T = decltype(zero);
     launcher.launch(prepare<T>, ceil_div(mean.size(0), kTileWarps), kTileThreads, matrix<T>(wide_log_std),
-                    wide_weight.has_value() ? data<T>(*wide_weight) : nullptr, mutable_data<T>(p.inverse_std),
+                    log_weight.has_value() ? data<T>(wide_weight) : nullptr, mutable_data<T>(p.inverse_std),
                     mutable_data<T>(p.offset));
   });
   return p;

@@ -16,14 +16,10 @@ constexpr int kGroup = 16;  // tiles along either side of a block's share, at mo
 
 // z_r · x_c for this thread's rows and columns of the tile at (row, column).
 template <typename T>
-__device__ __forceinline__ void dot_products(T (&dot)[kPer<T>][kPer<T>], Stage<T>& z_stage, Stage<T>& x_stage,
-                                             const Matrix<T>& z, const Matrix<T>& x, int64_t row, int64_t column) {
+__device__ __forceinline__ void dot_products(Patch<T>& dot, Stage<T>& z_stage, Stage<T>& x_stage, const Matrix<T>& z,
+                                             const Matrix<T>& x, int64_t row, int64_t column) {
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-#pragma unroll
-  for (int i = 0; i < kPer<T>; ++i) {
-#pragma unroll
-    for (int j = 0; j < kPer<T>; ++j) dot[i][j] = 0;
-  }
+  clear<T>(dot);
   for (int64_t dim = 0; dim < z.dims; dim += kDepth) {
     __syncthreads();  // nobody reads the stages any more
     stage_dims(z_stage, z, row, dim);
@@ -65,7 +61,7 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
     const int64_t first_row_tile = row_group * groups.tiles, first_column_tile = column_group * groups.tiles;
     const int row_tiles = min_int(groups.row_tiles - first_row_tile, static_cast<int>(groups.tiles));
     const int column_tiles = min_int(groups.column_tiles - first_column_tile, static_cast<int>(groups.tiles));
-    __syncthreads();
+    // A thread resets only what it alone read at the end of the last share, so that no barrier is needed here.
     for (int c = thread; c < column_tiles * kTile<T>; c += kTileThreads) columns[c] = {-INFINITY, 0};
 
     for (int r = 0; r < row_tiles; ++r) {
@@ -73,7 +69,7 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
       RunningLogSumExp<T> state[kPer<T>];
       for (int c = 0; c < column_tiles; ++c) {
         const int64_t column = (first_column_tile + c) * kTile<T>;
-        T score[kPer<T>][kPer<T>];
+        Patch<T> score;
         dot_products(score, z_stage, x_stage, z, x, row, column);
 #pragma unroll
         for (int i = 0; i < kPer<T>; ++i) {
@@ -145,7 +141,8 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
     for (int64_t tile = shares.first_tile(block); tile < shares.end_tile(block); ++tile) {
       const int64_t column = tile * kTile<T>;
       const int width = min_int(columns - column, kTile<T>), height = min_int(rows - row, kTile<T>);
-      T dot[kPer<T>][kPer<T>], tile_sum = 0;
+      Patch<T> dot;
+      T tile_sum = 0;
       dot_products(dot, own_stage, other_stage, own.vectors, other.vectors, row, column);
 #pragma unroll
       for (int j = 0; j < kPer<T>; ++j) {
@@ -166,7 +163,7 @@ __global__ void __launch_bounds__(kTileThreads, kResident)
       scale_sum += tile_sum;
 
       for (int64_t dim = 0; dim < dims; dim += kTile<T>) {
-        T sum[kPer<T>][kPer<T>] = {};
+        Patch<T> sum = {};
         for (int first = 0; first < width; first += kDepth) {
           __syncthreads();
           stage_rows(other_stage, other.vectors, column + first, dim);

@@ -15,9 +15,8 @@ namespace ncpvae::cuda {
 constexpr int kSide = 16;  // threads along either side of a tile
 constexpr int kTileThreads = kSide * kSide;
 constexpr int kTileWarps = kTileThreads / kWarp;
-constexpr int kResident =
-    2;                      // blocks per multiprocessor that the registers must allow; without it ptxas spills for more
-constexpr int kDepth = 16;  // dimensions, or rows, in shared memory at once
+constexpr int kDepth = 16;    // dimensions, or rows, in shared memory at once
+constexpr int kResident = 2;  // blocks per multiprocessor that registers must allow; unasked, ptxas spills for more
 
 template <typename T>
 constexpr int kPer = sizeof(T) == 8 ? 2 : 4;  // rows, and columns, of a tile per thread
@@ -26,6 +25,11 @@ constexpr int kTile = kPer<T> * kSide;
 template <typename T>
 constexpr int kPitch = kTile<T> + 16 / sizeof(T);  // keeps rows 16-byte aligned, and apart in the memory banks
 
+// What one thread holds of a tile.
+template <typename T>
+using Patch = T[kPer<T>][kPer<T>];
+
+// Some dimensions of a tile's rows, or some rows; and a value for each pair of a whole tile.
 template <typename T>
 struct alignas(16) Stage {
   T at[kDepth][kPitch<T>];
@@ -68,8 +72,30 @@ __device__ __forceinline__ void stage_rows(Stage<T>& stage, const Matrix<T>& mat
   const T* const from = matrix.data + first_row * matrix.dims + first_dim + d;
 #pragma unroll
   for (int i = 0; i < kTile<T> * kDepth / kTileThreads; ++i) {
-    const int r = i * (kTileThreads / kTile<T>)+static_cast<int>(threadIdx.x) / kTile<T>;
+    const int r = i * (kTileThreads / kTile<T>) + static_cast<int>(threadIdx.x) / kTile<T>;
     stage.at[r][d] = r < rows && d < dims ? from[r * matrix.dims] : T(0);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void clear(Patch<T>& patch) {
+#pragma unroll
+  for (int i = 0; i < kPer<T>; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPer<T>; ++j) patch[i][j] = 0;
+  }
+}
+
+// This thread's patch into the square, rows along its first index; along the second where `transposed`.
+template <bool transposed, typename T>
+__device__ __forceinline__ void place(Square<T>& square, const Patch<T>& patch) {
+  const int column = threadIdx.x % kSide * kPer<T>, row = threadIdx.x / kSide * kPer<T>;
+#pragma unroll
+  for (int i = 0; i < kPer<T>; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPer<T>; ++j) {
+      (transposed ? square.at[column + j][row + i] : square.at[row + i][column + j]) = patch[i][j];
+    }
   }
 }
 
@@ -144,7 +170,7 @@ __global__ void __launch_bounds__(kTileThreads) sum_splits(const T* parts, int64
 
 // This thread's square of the matrix at (row, dim); zero outside.
 template <typename T>
-__device__ __forceinline__ void hold(T (&out)[kPer<T>][kPer<T>], const Matrix<T>& matrix, int64_t row, int64_t dim) {
+__device__ __forceinline__ void hold(Patch<T>& out, const Matrix<T>& matrix, int64_t row, int64_t dim) {
 #pragma unroll
   for (int i = 0; i < kPer<T>; ++i) {
 #pragma unroll
@@ -159,7 +185,7 @@ __device__ __forceinline__ void hold(T (&out)[kPer<T>][kPer<T>], const Matrix<T>
 // touches these elements, so that they are built up tile by tile in order.
 template <typename T>
 __device__ __forceinline__ void accumulate(T* part, int64_t rows, int64_t dims, int64_t row, int64_t dim,
-                                           const T (&value)[kPer<T>][kPer<T>], bool begin) {
+                                           const Patch<T>& value, bool begin) {
 #pragma unroll
   for (int i = 0; i < kPer<T>; ++i) {
 #pragma unroll

@@ -6,7 +6,7 @@ logit is log r. See `NoiseContrastivePrior`, `fit_ncp`, `SIR` and `Langevin`.
 
 from . import metrics, objectives, ops
 from .classifiers import MLPClassifier, ResidualClassifier
-from .distributions import BernoulliLikelihood, DiagonalMixture, NormalLikelihood, temper
+from .distributions import BernoulliLikelihood, BinomialLikelihood, DiagonalMixture, NormalLikelihood, temper
 from .priors import GaussianMixture, LogNormalizer, NoiseContrastive, NoiseContrastivePrior, Normal
 from .samplers import SIR, Diagnostics, Langevin, SampleResult
 from .train import NCPResult, TrainingDiverged, TrainResult, fit_ncp, fit_vae
@@ -18,6 +18,7 @@ __all__ = [
     "SIR",
     "VAE",
     "BernoulliLikelihood",
+    "BinomialLikelihood",
     "ConvDecoder",
     "ConvEncoder",
     "Diagnostics",

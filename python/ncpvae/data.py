@@ -49,6 +49,8 @@ def gaussians(num_samples: int, seed: int = 0) -> Tensor:
 def digits(seed: int = 0) -> Splits:
     """scikit-learn's 1,797 handwritten digits, uint8 [N, 1, 8, 8] in 0…16, split 1,297 / 200 / 300.
 
+    A pixel counts the set ones among 4×4 of a 32×32 bitmap.
+
     Source: UCI "Optical recognition of handwritten digits" test set, Alpaydin and Kaynak, 1998.
     """
     try:

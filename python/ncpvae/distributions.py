@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import (
     Bernoulli,
+    Binomial,
     Categorical,
     Distribution,
     Independent,
@@ -33,6 +34,19 @@ class BernoulliLikelihood(nn.Module):
 
     def forward(self, logits: Tensor, event_dims: int) -> Independent:
         return Independent(Bernoulli(logits=logits, validate_args=False), event_dims, validate_args=False)
+
+
+class BinomialLikelihood(nn.Module):
+    """p(x|z) for counts x in 0 … total_count: the decoder's output are logits, one per element of x."""
+
+    def __init__(self, total_count: int):
+        super().__init__()
+        if total_count < 1:
+            raise ValueError(f"BinomialLikelihood: total_count must be ≥ 1, got {total_count}")
+        self.total_count = total_count
+
+    def forward(self, logits: Tensor, event_dims: int) -> Independent:
+        return Independent(Binomial(self.total_count, logits=logits, validate_args=False), event_dims, False)
 
 
 class NormalLikelihood(nn.Module):

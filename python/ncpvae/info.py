@@ -39,7 +39,8 @@ def info() -> str:
         lines.append(f"build        {build['compiler']}, {cuda}, against torch {build['torch']}")
     lines += ["", f"{'op':<32}{'CPU':<14}CUDA"]
     lines += [f"{op:<32}{kernel_of(op, 'CPU'):<14}{kernel_of(op, 'CUDA')}" for op in OPS]
-    lines += [f"\nno native {key} kernels: {why}" for key, why in _library.NATIVE_UNAVAILABLE.items()]
+    lines += [""] * bool(_library.NATIVE_UNAVAILABLE)
+    lines += [f"no native {key} kernels: {why}" for key, why in _library.NATIVE_UNAVAILABLE.items()]
     return "\n".join(lines)
 
 

@@ -404,7 +404,9 @@ def test_a_bad_chunk_spoils_its_row_for_good_and_no_other(bad, device, make_seed
     w[1, TILE + 7] = bad
     state = stream(w, seed, 4, TILE)
     assert (state.indices[1] == -1).all() and state.log_mean_weight[1].isnan() and state.ess[1].isnan()
-    assert torch.equal(state.indices[[0, 2]], clean.indices[[0, 2]]) and torch.equal(state.ess[[0, 2]], clean.ess[[0, 2]])
+    assert torch.equal(state.indices[[0, 2]], clean.indices[[0, 2]]) and torch.equal(
+        state.ess[[0, 2]], clean.ess[[0, 2]]
+    )
 
 
 def test_chunks_without_mass_change_only_the_count(device, make_seed):

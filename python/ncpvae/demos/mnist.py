@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -50,6 +51,16 @@ def glorot(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def load_weights(vae: VAE, file: str) -> None:
+    """Weights from a safetensors file of an earlier run; OSError or ValueError where they are none."""
+    try:
+        vae.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"weights file {file!r} does not hold the weights of this VAE: {reason}") from error
+    vae.eval()
+
+
 def run(
     folder: Path,
     steps: int = STEPS,
@@ -83,8 +94,7 @@ def run(
         )
         save_file(vae.state_dict(), folder / "mnist-vae.safetensors")
     else:
-        vae.load_state_dict(load_file(vae_file))
-        vae.eval()
+        load_weights(vae, vae_file)
     classifier = MLPClassifier(LATENT_DIM, (100, 100), nn.Tanh)
     prior = NoiseContrastivePrior(vae.prior, classifier)
     stage_two = fit_ncp(

@@ -54,9 +54,10 @@ def seed(op: str, value: object, other_name: str, other: Tensor) -> None:
 
 def number(op: str, name: str, value: object, minimum: float, strict: bool = False) -> None:
     """`value` is a finite Python number, at least (`strict`: above) `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+    finite = -math.inf < value < math.inf  # math.isfinite does not take torch.compile's symbolic numbers
+    if not finite or value < minimum or (strict and value == minimum):
         raise ValueError(f"{op}: {name} must be finite and {'>' if strict else '≥'} {minimum:g}, got {value}")
 
 

@@ -102,4 +102,5 @@ def langevin_step_(
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         raise ValueError("langevin_step_: no argument may require grad; use langevin_step, or torch.no_grad()")
     torch.ops.ncpvae.langevin_step_(z, score, seed, step_size, base_mean, base_std, temperature)
+    torch.autograd.graph.increment_version(z)  # autograd must see the change, whichever kernel made it
     return z

@@ -221,7 +221,7 @@ def langevin_step(
     position = position + 0.5 * step_size * drift
     if temperature > 0:
         position = position + math.sqrt(step_size * temperature) * standard_normal(z.shape, seed, dtype)
-    return position.to(z.dtype)
+    return position.to(z.dtype).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def similarity_logsumexp_backward(
         dz.append(scale_ * (ds @ x_))
         dx = dx + scale_ * (ds.T @ z_[rows])
         dscale = dscale + (ds * dot).sum()
-    return torch.cat(dz).to(z.dtype), dx.to(x.dtype), dscale.to(scale.dtype)
+    return torch.cat(dz).to(z.dtype), dx.to(x.dtype).contiguous(), dscale.to(scale.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -311,10 +311,12 @@ def gaussian_logsumexp_backward(
         log_joint = offset - 0.5 * t.square().sum(2)
         safe_lse = torch.where(lse[rows] == -math.inf, 0.0, lse[rows])
         rho = grad[rows, None] * torch.exp(log_joint - safe_lse[:, None])  # [n, K]
+        t = t.masked_fill((rho == 0)[..., None], 0.0)  # a t of ∞ belongs to a component without responsibility
         pull = rho[..., None] * t * inverse_std
         dz.append(-pull.sum(1))
         dmean = dmean + pull.sum(0)
         dlog_std = dlog_std + (rho[..., None] * (t.square() - 1)).sum(0)
         dlog_weight = dlog_weight + rho.sum(0)
     weight_dtype = dtype if log_weight is None else log_weight.dtype
-    return torch.cat(dz).to(z.dtype), dmean.to(mean.dtype), dlog_std.to(log_std.dtype), dlog_weight.to(weight_dtype)
+    dmean, dlog_std = dmean.to(mean.dtype).contiguous(), dlog_std.to(log_std.dtype).contiguous()
+    return torch.cat(dz).to(z.dtype), dmean, dlog_std, dlog_weight.to(weight_dtype)

@@ -57,6 +57,8 @@ def similarity_logsumexp(z: Tensor, x: Tensor, scale: Tensor | float) -> tuple[T
     _check.shape(op, "x", x, (x.shape[0], z.shape[1]), "[K, D]")
     _check.at_least_one(op, "x", x, 0, "K")
     if not isinstance(scale, Tensor):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"{op}: scale must be a number or a tensor without dimensions, got {type(scale).__name__}")
         scale = torch.tensor(float(scale), dtype=reference.accumulation_dtype(z.dtype), device=z.device)
     _check.floating(op, "scale", scale, dims=0)
     _check.same_device(op, "scale", scale, "z", z)

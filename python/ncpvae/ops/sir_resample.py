@@ -10,7 +10,7 @@ from . import _check, _library, reference
 from .reference import TILE
 
 _library.define(
-    "sir_resample(Tensor log_weights, Tensor seed, int num_samples=1) -> (Tensor, Tensor, Tensor)",
+    "sir_resample(Tensor log_weights, Tensor seed, SymInt num_samples=1) -> (Tensor, Tensor, Tensor)",
     reference.sir_resample,
     lambda log_weights, seed, num_samples=1: (
         log_weights.new_empty((log_weights.shape[0], num_samples), dtype=torch.int64),
@@ -21,7 +21,8 @@ _library.define(
 _STATE = "Tensor {0}key, Tensor {0}index, Tensor {0}log_max, Tensor {0}total, Tensor {0}total_sq"
 _STATE_OUT = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _library.define(
-    f"sir_update(Tensor log_weights, Tensor seed, {_STATE.format('')}, int next_index, int next_tile) -> {_STATE_OUT}",
+    f"sir_update(Tensor log_weights, Tensor seed, {_STATE.format('')}, SymInt next_index, SymInt next_tile)"
+    f" -> {_STATE_OUT}",
     reference.sir_update,
     lambda log_weights, seed, *state: tuple(torch.empty_like(s) for s in state[:5]),
 )
@@ -61,7 +62,8 @@ def sir_resample(log_weights: Tensor, seed: Tensor, num_samples: int = 1) -> tup
     """Draw proposals in proportion to their weights, with replacement (the resampling step of SIR).
 
     Args:
-        log_weights: [B, M], nats, unnormalised; float16, bfloat16, float32 or float64. −inf is weight zero.
+        log_weights: [B, M], nats, unnormalised; float16, bfloat16, float32 or float64. −inf is weight zero. Noise of
+            order 1 is added in float64, so an offset common to all weights should stay below about 1e14.
         seed: int64 [2] from `draw_seed`. The same seed gives the same indices on every kernel.
         num_samples: n, draws kept per row.
 
@@ -123,6 +125,8 @@ def sir_state(
     _check.count("sir_state", "first_index", first_index, minimum=0)
     if first_index % TILE:
         raise ValueError(f"sir_state: first_index must be a multiple of {TILE}, got {first_index}")
+    if first_index >= TILE << 32:
+        raise ValueError(f"sir_state: first_index must be below {TILE}·2³², where tiles run out, got {first_index}")
     key = torch.full((rows, num_samples), -math.inf, dtype=torch.float64, device=device)
     index = torch.full((rows, num_samples), -1, dtype=torch.int64, device=device)
     log_max = torch.full((rows,), -math.inf, dtype=torch.float64, device=device)
