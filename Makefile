@@ -68,5 +68,6 @@ $(DEPENDENCIES): constraints.txt | $(PY)
 
 # The build folder is kept, so that a change compiles only what it touches.
 $(INSTALLED): $(DEPENDENCIES) $(SOURCES)
-	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m pip install -c constraints.txt --no-build-isolation -C build-dir=build/install '.[$(EXTRAS)]'
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m pip install -c constraints.txt --no-build-isolation \
+	  -C build-dir=build/install '.[$(EXTRAS)]'
 	@touch $@

@@ -14,7 +14,8 @@ namespace {
 
 constexpr int64_t kColumnChunk = 16 * kColumnBlock;  // components that one task takes in the forward pass
 constexpr int64_t kGradColumns = 32;                 // components that one task takes in the backward pass
-constexpr int64_t kSumBlock = 32;                    // squares summed at a stretch: sums of sums round less
+constexpr int64_t kSumBlock = 8;                     // squares summed at a stretch: sums of sums round less
+constexpr int64_t kPullBlock = 64;                   // terms of dz summed at a stretch, before float64
 constexpr int64_t kRows = 4;                         // rows, or components, held in registers together
 
 // The mixture, packed: panels for forming log-joints, and padded rows for gradients.
@@ -125,7 +126,8 @@ void forward(const T* z, const Components<A>& c, int64_t N, A* lse) {
   for (int64_t i = 0; i < N; ++i) lse[i] = all_max[i] + std::log(all_sum[i]);
 }
 
-// Log-joints to responsibilities times the row's gradient; a row without mass has none.
+// Log-joints to responsibilities times the row's gradient; a row without mass has none. Where one is zero, t may be
+// infinite, so the sums below leave it out rather than multiply by it.
 template <typename A>
 void responsibilities(A* joint, int64_t stride, int64_t rows, int64_t columns, const A* lse, const A* grad) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -153,18 +155,23 @@ void backward_rows(const T* z, const Components<A>& c, int64_t N, const A* grad,
         responsibilities(rho, kColumnBlock, rows, columns, lse + first, grad + first);
         for (int64_t i = 0; i < rows; i += kRows) {  // rows past the end are computed too, and not read
           for (int64_t d = 0; d < c.D; d += lanes) {
-            Vector<A> here[kRows], sum[kRows] = {};
+            Vector<A> here[kRows];
             for (int64_t r = 0; r < kRows; ++r) here[r] = load(block.get() + (i + r) * c.padded + d);
-            for (int64_t j = 0; j < columns; ++j) {
-              const Vector<A> m = load(c.mean_rows.get() + (k + j) * c.padded + d);
-              const Vector<A> s = load(c.inverse_std_rows.get() + (k + j) * c.padded + d);
+            for (int64_t start = 0; start < columns; start += kPullBlock) {
+              const int64_t end = start + kPullBlock < columns ? start + kPullBlock : columns;
+              Vector<A> sum[kRows] = {};
+              for (int64_t j = start; j < end; ++j) {
+                const Vector<A> m = load(c.mean_rows.get() + (k + j) * c.padded + d);
+                const Vector<A> s = load(c.inverse_std_rows.get() + (k + j) * c.padded + d);
 #pragma GCC unroll 8
-              for (int64_t r = 0; r < kRows; ++r) {
-                sum[r] += rho[(i + r) * kColumnBlock + j] * ((here[r] - m) * s) * s;
+                for (int64_t r = 0; r < kRows; ++r) {
+                  const A weight = rho[(i + r) * kColumnBlock + j];
+                  if (weight != 0) sum[r] += weight * ((here[r] - m) * s) * s;
+                }
               }
-            }
-            for (int64_t r = 0; r < kRows; ++r) {
-              for (int64_t l = 0; l < lanes; ++l) total[(i + r) * c.padded + d + l] += sum[r][l];
+              for (int64_t r = 0; r < kRows; ++r) {
+                for (int64_t l = 0; l < lanes; ++l) total[(i + r) * c.padded + d + l] += sum[r][l];
+              }
             }
           }
         }
@@ -203,8 +210,10 @@ void backward_components(const T* z, const Components<A>& c, int64_t N, const A*
             const Vector<A> s = load(c.inverse_std_rows.get() + (first + k) * c.padded + d);
             Vector<A> sum = {}, sum_sq = {};
             for (int64_t i = 0; i < rows; ++i) {
+              const A weight = rho[i * kGradColumns + k];
+              if (weight == 0) continue;
               const Vector<A> t = (load(block.get() + i * c.padded + d) - m) * s;
-              const Vector<A> weighted = rho[i * kGradColumns + k] * t;
+              const Vector<A> weighted = weight * t;
               sum += weighted;
               sum_sq += weighted * t;
             }
@@ -272,7 +281,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_logsumexp_backward(Tensor gr
   check_dtype(op, "lse", lse, accumulation);
   check_shape(op, "lse", lse, {N});
   const Tensor dz = new_tensor(z, {N, D}, type), dmean = new_tensor(z, {K, D}, type);
-  const Tensor dlog_std = new_tensor(z, {K, D}, type), dlog_weight = new_tensor(z, {K}, log_weight ? type : accumulation);
+  const Tensor dlog_std = new_tensor(z, {K, D}, type);
+  const Tensor dlog_weight = new_tensor(z, {K}, log_weight ? type : accumulation);
   const Tensor dense_z = as_contiguous(z), dense_grad = as_contiguous(grad), dense_lse = as_contiguous(lse);
   dispatch_floating(op, "z", type, [&](auto zero) {
     using T = decltype(zero);

@@ -94,8 +94,8 @@ inline void product_panel(const A* a, int64_t a_stride, const A* b, int64_t b_st
   }
 }
 
-// Logsumexps under way, side by side: `max` and Σ exp(v − max) of the values seen, −inf and 0 before any. Their value is
-// max + log(sum), also where values are ±inf or NaN: an infinite maximum counts its occurrences in the sum, and a NaN
+// Logsumexps under way, side by side: `max` and Σ exp(v − max) of the values seen, −inf and 0 before any. Their value
+// is max + log(sum), also where values are ±inf or NaN: an infinite maximum counts its occurrences in the sum, and a NaN
 // shows in the sum alone.
 template <typename A>
 inline void merge_logsumexp(A* max, A* sum, const A* other_max, const A* other_sum, int64_t size) {

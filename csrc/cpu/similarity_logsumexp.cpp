@@ -1,7 +1,7 @@
 // CPU kernels of similarity_logsumexp and its backward. Contract: python/ncpvae/ops/similarity_logsumexp.py.
 //
-// Scores are formed in tiles of kRowBlock × kColumnBlock that stay in the cache. Work is cut by shape alone, and partial
-// results are merged in order, so that the number of threads does not show in the result.
+// Scores are formed in tiles of kRowBlock × kColumnBlock that stay in the cache. Work is cut by shape alone, and
+// partial results are merged in order, so that the number of threads does not show in the result.
 #include <tuple>
 
 #include "tensor.h"
@@ -190,8 +190,9 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(Tensor grad_z, 
   check(op, z, x, scale);
   const int64_t N = z.size(0), K = x.size(0), D = z.size(1);
   const ScalarType type = accumulation_type(z.scalar_type());
-  for (const auto& [name, tensor, size] : {std::make_tuple("grad_z", &grad_z, N), std::make_tuple("lse_z", &lse_z, N),
-                                           std::make_tuple("grad_x", &grad_x, K), std::make_tuple("lse_x", &lse_x, K)}) {
+  const std::tuple<const char*, Tensor*, int64_t> vectors[] = {
+      {"grad_z", &grad_z, N}, {"lse_z", &lse_z, N}, {"grad_x", &grad_x, K}, {"lse_x", &lse_x, K}};
+  for (const auto& [name, tensor, size] : vectors) {
     check_dtype(op, name, *tensor, type);
     check_shape(op, name, *tensor, {size});
     *tensor = as_contiguous(*tensor);

@@ -44,7 +44,7 @@ def save_scatter(path: Path, panels: Sequence[tuple[str, Tensor]], limit: float)
     figure, axes = _figure(len(panels), size=3.6)
     for axis, (title, points) in zip(axes, panels, strict=True):
         x, y = points.detach().float().cpu().T.numpy()
-        axis.plot(x, y, ",", color="tab:blue", alpha=0.7)
+        axis.plot(x, y, ".", markersize=1.5, color="tab:blue", alpha=0.6, markeredgewidth=0)
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
         axis.title.set_fontsize(10)
     return _save(figure, path)

@@ -19,7 +19,7 @@ from .report import Report
 LATENT_DIM = 20
 HIDDEN = [256, 256, 256]  # with the output layer: the paper's four fully connected layers
 STEPS = 10_000
-NCP_STEPS = 8000
+NCP_STEPS = 10_000
 STAGE_ONE: dict[str, Any] = {"batch_size": 128, "lr": 2e-3}
 STAGE_TWO: dict[str, Any] = {"batch_size": 256, "lr": 4e-3, "patience": None}
 PROPOSALS = 1000
@@ -72,9 +72,9 @@ def run(folder: Path, steps: int = STEPS, seed: int = 0, progress: bool = True) 
         with torch.no_grad():
             return vae.decode(z).sample()
 
-    sir = SIR(PROPOSALS).sample(prior(), (5000,))
+    sir = SIR(PROPOSALS).sample(prior(), (3000,))
     langevin = LANGEVIN.sample(prior(), (1000,))
-    points = {"base": decode(base.sample((5000,))), "SIR": decode(sir.z), "Langevin": decode(langevin.z)}
+    points = {"base": decode(base.sample((3000,))), "SIR": decode(sir.z), "Langevin": decode(langevin.z)}
     shares = {name: share_near_modes(p) for name, p in points.items()}
     bound = -data.gaussian_grid_entropy()
 
@@ -106,7 +106,7 @@ def run(folder: Path, steps: int = STEPS, seed: int = 0, progress: bool = True) 
         f"seed {seed}.",
     ]
     panels = [
-        ("data", test[:5000]),
+        ("data", test[:3000]),
         ("base prior", points["base"]),
         ("NCP, SIR", points["SIR"]),
         ("NCP, Langevin", points["Langevin"]),

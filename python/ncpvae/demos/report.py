@@ -74,7 +74,7 @@ class Report:
         }
         self.row("seconds, all together", f"{self.seconds:.0f}")
         path = self.folder / f"{self.name}.json"
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         return path
 
     def __str__(self) -> str:
