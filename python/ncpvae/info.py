@@ -37,6 +37,7 @@ def info() -> str:
     else:
         cuda = f"{build['cuda_compiler']} for {build['cuda_architectures']}" if build["cuda_compiler"] else "no CUDA"
         lines.append(f"build        {build['compiler']}, {cuda}, against torch {build['torch']}")
+    lines += [f"library      {file} for {key}" for key, file in _library.LOADED.items()]
     lines += ["", f"{'op':<32}{'CPU':<14}CUDA"]
     lines += [f"{op:<32}{kernel_of(op, 'CPU'):<14}{kernel_of(op, 'CUDA')}" for op in OPS]
     lines += [""] * bool(_library.NATIVE_UNAVAILABLE)

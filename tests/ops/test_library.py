@@ -54,6 +54,35 @@ def test_native_kernels_are_loaded_where_they_are_promised():
     assert "CPU" not in _library.NATIVE_UNAVAILABLE, _library.NATIVE_UNAVAILABLE["CPU"]
 
 
+@pytest.mark.parametrize("level", ["baseline", "x86-64-v3", "x86-64-v4"])
+def test_every_instruction_set_makes_the_same_draws(level):
+    """Indices and noise of each build of the CPU kernels that can run here are those of the reference."""
+    if "CPU" in _library.NATIVE_UNAVAILABLE:
+        pytest.skip("native CPU kernels are not in use")
+    program = """
+import torch
+from ncpvae import ops
+print(ops._library.LOADED["CPU"])
+seed = torch.tensor([3, 5])
+w = torch.randn(16, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+assert torch.equal(ops.sir_resample(w, seed, 8)[0], ops.reference.sir_resample(w, seed, 8)[0])
+z = torch.zeros(1001)
+torch.testing.assert_close(ops.langevin_step(z, z, seed, 1.0), ops.reference.langevin_step(z, z, seed, 1.0))
+"""
+    environment = {**os.environ, "NCPVAE_CPU_CAPABILITY": level}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    if run.returncode and "on this processor" in run.stderr:
+        pytest.skip(f"this processor has no {level}")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().startswith("libncpvae_cpu" + _library.CPU_CAPABILITIES[level] + ".")
+
+
+def test_an_unknown_instruction_set_is_named():
+    environment = {**os.environ, "NCPVAE_CPU_CAPABILITY": "avx9", "NCPVAE_DISABLE_NATIVE": "0"}
+    run = subprocess.run([sys.executable, "-c", "import ncpvae"], env=environment, capture_output=True, text=True)
+    assert "NCPVAE_CPU_CAPABILITY must be one of baseline" in run.stderr and "got 'avx9'" in run.stderr
+
+
 # --- load_native on a package folder of our making ----------------------------------------------------------
 
 
@@ -62,6 +91,7 @@ def load(tmp_path, monkeypatch):
     """load_native on an empty package folder: what it warned of the CPU, and the reasons it noted."""
     monkeypatch.setattr(_library, "PACKAGE", tmp_path)
     monkeypatch.setattr(_library, "NATIVE_UNAVAILABLE", {})
+    monkeypatch.setattr(_library, "LOADED", {})
     monkeypatch.delenv("NCPVAE_DISABLE_NATIVE", raising=False)
 
     def load_and_listen():

@@ -5,6 +5,7 @@ every device that torch knows. `libncpvae_cpu` and `libncpvae_cuda` add kernels 
 same schema when they are loaded; torch's dispatcher does the choosing.
 """
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,10 @@ LIBRARY = torch.library.Library("ncpvae", "DEF")
 PACKAGE = Path(__file__).resolve().parent.parent
 #: why the native kernels of a dispatch key are not in use; a key that is missing here has its library loaded
 NATIVE_UNAVAILABLE: dict[str, str] = {}
+#: the library file in use for a dispatch key
+LOADED: dict[str, str] = {}
+#: levels of the x86-64 instruction set that the CPU kernels are compiled for, and the ends of the library's name
+CPU_CAPABILITIES = {"baseline": "", "x86-64-v3": "_v3", "x86-64-v4": "_v4"}
 
 
 def define(schema: str, reference: Callable, fake: Callable | None = None) -> None:
@@ -37,11 +42,25 @@ def load_native() -> None:
     if os.environ.get("NCPVAE_DISABLE_NATIVE", "0") not in ("", "0"):
         NATIVE_UNAVAILABLE.update(CPU="NCPVAE_DISABLE_NATIVE is set", CUDA="NCPVAE_DISABLE_NATIVE is set")
         return
-    _load("CPU", "libncpvae_cpu", warn=True)
+    _load("CPU", _cpu_library(), warn=True)
     if torch.version.cuda is None:
         NATIVE_UNAVAILABLE["CUDA"] = "this torch is built without CUDA"
     else:
         _load("CUDA", "libncpvae_cuda", warn=torch.cuda.is_available())
+
+
+def _cpu_library() -> str:
+    """The CPU library for this processor, or for the lower level that `NCPVAE_CPU_CAPABILITY` names."""
+    try:
+        highest = importlib.import_module(f"{__package__.rpartition('.')[0]}._C").cpu_capability()
+    except ImportError:
+        highest = "baseline"
+    levels = list(CPU_CAPABILITIES)[: list(CPU_CAPABILITIES).index(highest) + 1]
+    wanted = os.environ.get("NCPVAE_CPU_CAPABILITY") or highest
+    if wanted not in levels:
+        raise ValueError(f"NCPVAE_CPU_CAPABILITY must be one of {', '.join(levels)} on this processor, got {wanted!r}")
+    stem = "libncpvae_cpu" + CPU_CAPABILITIES[wanted]
+    return stem if any(PACKAGE.glob(f"{stem}.*")) else "libncpvae_cpu"
 
 
 def _load(dispatch_key: str, stem: str, warn: bool) -> None:
@@ -52,9 +71,11 @@ def _load(dispatch_key: str, stem: str, warn: bool) -> None:
     else:
         try:
             torch.ops.load_library(str(found[0]))
+            LOADED[dispatch_key] = found[0].name
             return
         except OSError as error:
-            reason = f"{found[0].name} failed to load: {str(error).splitlines()[0]}"
+            cause = str(error.__cause__ or error)  # torch wraps the linker's own words
+            reason = f"{found[0].name} failed to load: {cause.splitlines()[0]}"
     NATIVE_UNAVAILABLE[dispatch_key] = reason
     if warn:
         warnings.warn(
