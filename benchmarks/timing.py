@@ -11,6 +11,7 @@ import torch
 
 import ncpvae
 from ncpvae.info import kernel_of
+from ncpvae.ops import _library
 
 DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]
 
@@ -48,7 +49,7 @@ def compare(
         "op": op,
         **case,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "kernel": kernel_of(op, device.upper()),
+        "kernel": _library.LOADED.get(device.upper()) or kernel_of(op, device.upper()),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "median_us": {name: round(1e6 * t, 1) for name, t in medians.items()},

@@ -48,6 +48,9 @@ def test_mnist_demo_reads_real_images_and_reuses_a_trained_vae(data_folder, tmp_
     ("arguments", "message"),
     [
         (["demo", "cifar"], "demo must be one of gaussians, digits, mnist, got 'cifar'"),
+        (["demo", "gaussians", "--data-dir", "x"], "--data-dir and --vae are for the demo mnist"),
+        (["demo", "mnist", "--vae", "/no/such.safetensors"], "'/no/such.safetensors' is not a file"),
+        (["demo", "mnist", "--data-dir", "/tmp"], "'/tmp' holds no 'mnist'"),
         (["demo", "gaussians", "--steps", "0"], "--steps must be ≥ 1, got 0"),
         (["demo", "gaussians", "--output", "FILE/sub"], "cannot be written"),
         (["demo", "mnist", "--data-dir", "/no/such/folder"], "is not a folder"),
@@ -66,7 +69,11 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), (b"not safetensors", "does not hold the weights"), ("other", "does not hold the weights")],
+    [
+        (None, "is not a file"),
+        (b"not safetensors", "does not hold the weights"),
+        ("other", "does not hold the weights"),
+    ],
 )
 def test_weights_that_are_none_are_one_line_and_status_2(content, message, data_folder, tmp_path, capsys):
     file = tmp_path / "weights.safetensors"

@@ -90,7 +90,9 @@ def test_transform_is_applied_once_and_seed_governs():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": torch.zeros(0, 4)}, "data must be a tensor"),
+        ({"data": torch.zeros(0, 4)}, r"data must be \[N, …\] with N ≥ 1"),
+        ({"data": torch.full((2, 4), math.nan)}, "data must be finite"),
+        ({"encode": lambda x: x}, "encode must return q"),
         ({"num_samples": 0}, "num_samples and max_rows must be ≥ 1, got 0"),
     ],
 )

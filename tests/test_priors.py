@@ -118,6 +118,36 @@ def test_large_batches_are_split_without_changing_the_result(monkeypatch):
         torch.testing.assert_close(prior.log_ratio(z), whole)
 
 
+def test_snis_gradient_knows_that_the_scale_of_r_cancels():
+    """Adding a constant to log r changes nothing, so its gradient is zero."""
+    prior = NoiseContrastivePrior(Normal(2), MLPClassifier(2, (8,)))
+    prior.snis_log_prob(torch.randn(40, 2), 16).sum().backward()
+    assert abs(prior.classifier.network[-1].bias.grad.item()) < 1e-4
+
+
+def test_snis_draws_anew_for_slices_of_z():
+    z = torch.zeros(32, 2)
+    values = exact_prior().snis_log_prob(z, 8)
+    assert 10 < len(values.unique()) <= 16
+
+
+def test_a_base_that_ignores_the_context_is_named():
+    prior = NoiseContrastivePrior(Normal(3), MLPClassifier(3, (8,), context_features=4))
+    with pytest.raises(ValueError, match=r"base must have the context's batch \(6,\) as its batch shape, got \(\)"):
+        prior(torch.randn(6, 4))
+
+
+def test_contexts_are_evaluated_in_parts_without_changing_the_result(monkeypatch):
+    context = torch.randn(3, 2)
+    base = Independent(TorchNormal(context, torch.ones(3, 2)), 1)
+    distribution = NoiseContrastivePrior(base, MLPClassifier(2, (8,), context_features=2))(context)
+    z = torch.randn(5, 7, 3, 2)
+    whole = distribution.log_ratio(z)
+    monkeypatch.setattr("ncpvae.priors.noise_contrastive.ROWS_AT_ONCE", 9)
+    with torch.no_grad():
+        torch.testing.assert_close(distribution.log_ratio(z), whole)
+
+
 @pytest.mark.parametrize("covariance", ["diag", "full"])
 def test_gaussian_mixture_fit_recovers_two_clusters(covariance):
     pytest.importorskip("sklearn")
@@ -164,6 +194,26 @@ class TwoLogits(nn.Module):
             "base must have an event shape",
         ),
         (lambda: NoiseContrastivePrior(Normal(3), MLPClassifier(4)).sample(), ValueError, r"D = 4\], got shape"),
+        (
+            lambda: NoiseContrastivePrior(Normal(3), nn.Linear(4, 1)).sample(),
+            ValueError,
+            "classifier does not take z of shape",
+        ),
+        (lambda: exact_prior().sample(sampler="sir"), TypeError, "sampler must be a sampler such as SIR.*got str"),
+        (lambda: exact_prior().sample(5), TypeError, "SIR: shape must be a tuple of integers, got 5"),
+        (
+            lambda: Normal(2, mean=torch.zeros(3)),
+            ValueError,
+            r"Normal: mean must broadcast to shape \(2,\), got \(3,\)",
+        ),
+        (lambda: Normal(0), ValueError, "Normal: shape must be positive"),
+        (lambda: Normal.fit([1.0]), TypeError, "Normal.fit: codes must be a floating-point tensor"),
+        (lambda: GaussianMixture.fit(torch.zeros(9, 2).long(), 2), TypeError, "codes must be a floating-point tensor"),
+        (
+            lambda: GaussianMixture(torch.zeros(1), torch.zeros(1, 2), -torch.ones(1, 2)),
+            ValueError,
+            "scale must be > 0",
+        ),
         (lambda: exact_prior().estimate_log_normalizer(1), ValueError, "num_samples must be an integer ≥ 2, got 1"),
         (
             lambda: exact_prior().snis_log_prob(torch.zeros(2), 0),

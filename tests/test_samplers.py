@@ -33,7 +33,7 @@ def test_sir_diagnostics_hold_ess_and_log_z():
     d = SIR(5000).sample(exact_prior()(), (64,)).diagnostics
     assert d.ess.shape == (64,)
     assert d.ess.mean() / 5000 == pytest.approx(expected_ess_fraction(2), rel=0.05)
-    assert d.log_normalizer == pytest.approx(LOG_Z, abs=0.02)
+    assert float(d.log_normalizer) == pytest.approx(LOG_Z, abs=0.02)
     assert (d.num_proposals, d.stopped) == (5000, "num_proposals")
     assert d.seconds > 0
 
@@ -41,8 +41,8 @@ def test_sir_diagnostics_hold_ess_and_log_z():
 @pytest.mark.parametrize("chunk_size", [1024, 2048, 5120, 8192])
 def test_chunk_size_changes_nothing(chunk_size):
     generator = torch.Generator().manual_seed(3)
-    reference = SIR(5000, chunk_size=1024).sample(exact_prior()(), (7,), generator=torch.Generator().manual_seed(3))
-    chunked = SIR(5000, chunk_size=chunk_size).sample(exact_prior()(), (7,), generator=generator)
+    reference = SIR(5000, chunk_size=1024).sample(exact_prior()(), (600,), torch.Generator().manual_seed(3))
+    chunked = SIR(5000, chunk_size=chunk_size).sample(exact_prior()(), (600,), generator)
     assert torch.equal(reference.z, chunked.z)
     torch.testing.assert_close(reference.diagnostics.ess, chunked.diagnostics.ess)
 
@@ -74,6 +74,20 @@ def test_batch_of_contexts_keeps_its_rows_apart():
         z = sampler.sample(distribution, (4,)).z
         assert z.shape == (4, 3, 2)
         assert (z.mean(0) - means).abs().max() < 3
+
+
+def test_each_context_has_a_log_normalizer_of_its_own():
+    base = diagonal_normal(torch.zeros(2, 2), torch.ones(2, 2))
+    distribution = NoiseContrastivePrior(base, _ContextOffset())()
+    distribution.classifier.offsets = torch.tensor([0.0, 10.0])
+    for sampler in (SIR(200), Langevin(2, 1e-3)):
+        diagnostics = sampler.sample(distribution, (50,)).diagnostics
+        torch.testing.assert_close(diagnostics.log_normalizer.float(), torch.tensor([0.0, 10.0]))
+
+
+def test_langevin_says_that_inference_mode_will_not_do():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad"):
+        Langevin(2).sample(exact_prior()())
 
 
 def test_empty_shape_gives_one_sample():
@@ -128,6 +142,15 @@ class _Flat(torch.nn.Module):
         return (0 * z).sum(-1)
 
 
+class _ContextOffset(torch.nn.Module):
+    """log r = the row's offset, for a base with two rows."""
+
+    def forward(self, z, context=None):
+        return (
+            (0 * z).sum(-1) + self.offsets.repeat(z.shape[0] // 2) if z.dim() == 2 else (0 * z).sum(-1) + self.offsets
+        )
+
+
 class _Standardised(torch.nn.Module):
     def __init__(self, mean, std):
         super().__init__()
@@ -144,8 +167,26 @@ class _Standardised(torch.nn.Module):
         (lambda: SIR(2.5), TypeError, "SIR: num_proposals must be an integer, got float"),
         (lambda: SIR(10, chunk_size=0), ValueError, "SIR: chunk_size must be ≥ 1, got 0"),
         (lambda: SIR(10, min_ess=-1), ValueError, "SIR: min_ess must be finite and > 0, got -1"),
-        (lambda: SIR(10, max_proposals=5), ValueError, "SIR: max_proposals must be ≥ num_proposals, got 5 < 10"),
+        (
+            lambda: SIR(10, min_ess=1, max_proposals=5),
+            ValueError,
+            "SIR: max_proposals must be ≥ num_proposals, got 5 < 10",
+        ),
         (lambda: SIR(10).sample(exact_prior()(), (0,)), ValueError, "SIR: shape must hold at least one sample"),
+        (lambda: SIR(10, max_proposals=50), ValueError, "max_proposals is the limit of min_ess"),
+        (lambda: SIR(10, min_ess="a"), TypeError, "SIR: min_ess must be a number, got str"),
+        (lambda: SIR(10).sample(exact_prior()(), 5), TypeError, "SIR: shape must be a tuple of integers, got 5"),
+        (
+            lambda: SIR(10).sample(exact_prior()),
+            TypeError,
+            "SIR: distribution must have base.*got NoiseContrastivePrior",
+        ),
+        (lambda: Langevin(5, "a"), TypeError, "Langevin: step_size must be a number, got str"),
+        (
+            lambda: Langevin(5).sample(exact_prior()(), (0,)),
+            ValueError,
+            "Langevin: shape must hold at least one sample",
+        ),
         (lambda: Langevin(0), ValueError, "Langevin: num_steps must be ≥ 1, got 0"),
         (lambda: Langevin(5, -0.1), ValueError, "Langevin: step_size must be finite and > 0, got -0.1"),
         (lambda: Langevin(5, math.nan), ValueError, "Langevin: step_size must be finite"),

@@ -193,6 +193,36 @@ def test_progress_bar_is_shown_or_not(capfd):
     assert "VAE" in capfd.readouterr().err
 
 
+def test_held_out_base_draws_are_not_trained_on(monkeypatch):
+    seen = []
+    base = Normal(2)().__class__
+    original = base.sample
+    monkeypatch.setattr(base, "sample", lambda self, shape=(): seen.append(original(self, shape)) or seen[-1])
+    fit_ncp(toy_prior(), codes(500), steps=5, progress=False)
+    held_out, trained = seen[0], torch.cat(seen[1:])
+    assert len(held_out) == 4096 and len(trained) >= 5 * 450
+    assert not torch.isin(trained[:, 0], held_out[:, 0]).any()
+
+
+def test_a_failed_run_leaves_finite_weights_in_eval_mode():
+    model = nn.Linear(1, 1)
+    values = iter(range(1, 1000))
+
+    def loss(_):
+        return {"total": (model.weight * (math.nan if next(values) > 30 else 1.0)).sum() ** 2}
+
+    with pytest.raises(TrainingDiverged):
+        train(
+            model, loss, iter(int, 1), steps=100, lr=0.1, validate=lambda: {"v": 1.0}, validate_every=10, progress=False
+        )
+    assert torch.isfinite(weights(model)).all() and not model.training
+
+
+def test_other_dtypes_are_brought_to_the_classifiers():
+    fit_ncp(toy_prior(), codes(100).double(), torch.randn(100, 2).double(), steps=2, progress=False)
+    fit_ncp(toy_prior(), vae=lambda x: x.double(), data=codes(100), steps=2, progress=False)
+
+
 class TwoLogits(nn.Linear):
     def forward(self, z, context=None):
         return super().forward(z)
@@ -228,6 +258,22 @@ def prior_of(classifier, dim=2):
             "validation_fraction must be between",
         ),
         (lambda: fit_ncp(toy_prior(), vae=lambda x: "q", data=codes(50)), TypeError, "vae must return a Distribution"),
+        (
+            lambda: fit_ncp(toy_prior(), codes(50), validation=codes(50, 3)),
+            ValueError,
+            "validation must have the base's",
+        ),
+        (lambda: fit_ncp(toy_prior(), codes(50, 3), validation=codes(50)), ValueError, "posterior_samples must have"),
+        (
+            lambda: fit_ncp(toy_prior(), codes(50), batch_size=12.5),
+            TypeError,
+            "batch_size must be an integer, got float",
+        ),
+        (lambda: fit_ncp(toy_prior(), codes(50), patience=-1), ValueError, "patience must be ≥ 1, got -1"),
+        (lambda: fit_ncp(toy_prior(), codes(50), seed=2**70), ValueError, "seed must be ≥ 0"),
+        (lambda: fit_ncp(toy_prior(), codes(50), lr="a"), ValueError, "lr must be finite and > 0, got 'a'"),
+        (lambda: fit_ncp(toy_prior(), torch.zeros(50, 2, dtype=torch.cfloat)), TypeError, "must be real"),
+        (lambda: fit_vae(nn.Linear(2, 2), codes(50)), TypeError, "vae must be a VAE, got Linear"),
         (lambda: fit_vae(toy_vae(), torch.zeros(0, 2)), ValueError, r"fit_vae: data must be \[N, …\]"),
         (lambda: fit_vae(toy_vae(), torch.tensor([[1.0, math.inf]])), ValueError, "data must be finite.*row 0"),
         (lambda: fit_vae(toy_vae(), codes(50), schedule="step"), ValueError, "schedule must be"),

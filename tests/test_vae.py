@@ -74,8 +74,20 @@ def test_elbo_uses_the_closed_form_kl_and_agrees_with_its_estimate():
     torch.testing.assert_close(terms.elbo, likelihood.log_prob(x) - terms.kl)
     z = posterior.sample((100_000,))
     mixture = ncpvae.DiagonalMixture(torch.zeros(1), torch.zeros(1, 2), torch.ones(1, 2))  # no closed form is known
-    estimate = objectives.elbo(x, likelihood, posterior, mixture, z).kl
+    many = [d.expand((len(z),)) for d in (likelihood, posterior)]
+    estimate = objectives.elbo(x.expand(len(z), -1), *many, mixture, z[:, 0]).kl
     assert abs(estimate.mean() - terms.kl.item()) < 5 * estimate.std() / len(z) ** 0.5
+
+
+def test_elbo_refuses_distributions_that_do_not_fit():
+    x, z = torch.zeros(2, 2), torch.zeros(2, 2)
+    one = Independent(Normal(torch.zeros(2, 2), 1.0), 1)
+    prior = Independent(Normal(torch.zeros(2), 1.0), 1)
+    with pytest.raises(ValueError, match="wrap distributions in torch.distributions.Independent"):
+        objectives.elbo(x, one, Normal(torch.zeros(2, 2), 1.0), Normal(torch.zeros(2), 1.0), z)
+    with pytest.raises(ValueError, match="posterior and prior must have one event shape"):
+        objectives.elbo(x, one, one, Independent(Normal(torch.zeros(1), 1.0), 1), z)
+    objectives.elbo(x, one, one, prior, z)
 
 
 def test_kl_weight_scales_only_the_kl():

@@ -52,6 +52,11 @@ class MLPClassifier(nn.Module):
         _check_event("MLPClassifier", z, (self.latent_dim,), f"D = {self.latent_dim}")
         _check_context("MLPClassifier", context, self.context_features, "E")
         if context is not None:
+            if z.dim() < 2 or context.dim() != 2 or len(context) != len(z):
+                raise ValueError(
+                    f"MLPClassifier: context must be [B, E] with z's B first, got shapes {tuple(context.shape)} and "
+                    f"{tuple(z.shape)}"
+                )
             between = z.dim() - context.dim()
             context = context.view(context.shape[0], *(1,) * between, -1).expand(*z.shape[:-1], -1)
             z = torch.cat([z, context], dim=-1)
@@ -94,6 +99,11 @@ class ResidualClassifier(nn.Module):
             raise ValueError(f"ResidualClassifier: z's H and W must be multiples of 4, got {height}×{width}")
         h = self.stem(z.reshape(-1, *z.shape[-3:]))
         if self.context_stem is not None and context is not None:
+            if context.dim() != 4 or context.shape[2:] != z.shape[-2:] or len(context) != len(z):
+                raise ValueError(
+                    f"ResidualClassifier: context must be [B, C, H, W] with z's B, H and W, got shapes "
+                    f"{tuple(context.shape)} and {tuple(z.shape)}"
+                )
             c = self.context_stem(context)
             h = h.view(c.shape[0], -1, *c.shape[1:]).add(c[:, None]).flatten(0, 1)
         h = self.cells(F.relu(h))

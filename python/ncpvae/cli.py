@@ -17,7 +17,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(DEMOS)}; gaussians and digits by default")
     demo.add_argument("--output", default="demo-output", help="folder for tables and pictures (default: %(default)s)")
-    demo.add_argument("--steps", type=int, help="training steps of stage one; stage two in proportion")
+    demo.add_argument(
+        "--steps", type=int, help="training steps of stage one; stage two in proportion, for mnist at most 50,000"
+    )
     demo.add_argument("--seed", type=int, default=0, help="governs all randomness (default: %(default)s)")
     demo.add_argument("--data-dir", help="folder that holds mnist (default: $NCPVAE_DATA, then the Hugging Face hub)")
     demo.add_argument("--vae", metavar="FILE", help="mnist: weights of an earlier run, to skip stage one")
@@ -28,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from importlib import import_module
+    from pathlib import Path
 
+    from .data import check_folder
     from .demos.report import output_folder
 
     names = arguments.name or ["gaussians", "digits"]
@@ -37,17 +41,20 @@ def _demo(arguments: argparse.Namespace) -> None:
             raise ValueError(f"demo must be one of {', '.join(DEMOS)}, got {name!r}")
     if arguments.steps is not None and arguments.steps < 1:
         raise ValueError(f"--steps must be ≥ 1, got {arguments.steps}")
+    if "mnist" not in names and (arguments.data_dir or arguments.vae):
+        raise ValueError("--data-dir and --vae are for the demo mnist, which is not among those to run")
+    if arguments.vae and not Path(arguments.vae).is_file():
+        raise OSError(f"weights file {arguments.vae!r} is not a file")
+    if "mnist" in names:
+        check_folder("mnist", arguments.data_dir)
     folder = output_folder(arguments.output)
-    reports = []
     for name in names:
         options = {"seed": arguments.seed, "progress": not arguments.no_progress}
         if arguments.steps is not None:
             options["steps"] = arguments.steps
         if name == "mnist":
             options |= {"data_folder": arguments.data_dir, "vae_file": arguments.vae}
-        reports.append(import_module(f".demos.{name}", __package__).run(folder, **options))
-    for report in reports:
-        print(report)
+        print(import_module(f".demos.{name}", __package__).run(folder, **options), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

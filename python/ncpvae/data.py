@@ -81,15 +81,26 @@ def _hub_dataset(name: str, hub_name: str, folder: str | os.PathLike | None, spl
         import datasets
     except ImportError as error:
         raise ImportError(f"the data set '{name}' needs datasets: pip install 'ncpvae[data]'") from error
-    root = folder if folder is not None else os.environ.get("NCPVAE_DATA")
-    if root is not None and not Path(root).is_dir():
-        raise OSError(f"data folder {str(root)!r} (from NCPVAE_DATA or the data folder argument) is not a folder")
-    local = Path(root) / name if root is not None else None
-    source = str(local) if local is not None and local.is_dir() else hub_name
+    local = check_folder(name, folder)
+    source = hub_name if local is None else str(local)
     try:
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # the library raises many unrelated types for what is always an unreadable source
         raise OSError(f"data set '{name}' could not be read from {source!r}: {error}".splitlines()[0]) from error
+
+
+def check_folder(name: str, folder: str | os.PathLike | None = None) -> Path | None:
+    """Where the data set `name` lies, None for the hub; OSError for a folder that is none, or is given without it."""
+    root = folder if folder is not None else os.environ.get("NCPVAE_DATA")
+    if root is None:
+        return None
+    if not Path(root).is_dir():
+        raise OSError(f"data folder {str(root)!r} (from NCPVAE_DATA or the data folder argument) is not a folder")
+    if (Path(root) / name).is_dir():
+        return Path(root) / name
+    if folder is not None:
+        raise OSError(f"data folder {str(root)!r} holds no {name!r}")
+    return None
 
 
 def _images(dataset) -> Tensor:

@@ -36,6 +36,16 @@ def elbo(
         kl = kl_divergence(posterior, prior)
     except NotImplementedError:
         kl = posterior.log_prob(z) - prior.log_prob(z)
+    if log_likelihood.shape != kl.shape:
+        raise ValueError(
+            f"elbo: likelihood and KL must have one number per example, got shapes {tuple(log_likelihood.shape)} and "
+            f"{tuple(kl.shape)}; wrap distributions in torch.distributions.Independent"
+        )
+    if posterior.event_shape != prior.event_shape:
+        raise ValueError(
+            f"elbo: posterior and prior must have one event shape, got {tuple(posterior.event_shape)} and "
+            f"{tuple(prior.event_shape)}"
+        )
     return ELBOTerms(log_likelihood - kl_weight * kl, log_likelihood, kl)
 
 

@@ -18,7 +18,7 @@ from . import _random, ops
 from .distributions import normal_parameters
 
 TILE = ops.reference.TILE
-MAX_PROPOSALS_HELD = 1 << 18  # proposals in memory at once, over all rows
+MAX_ELEMENTS_HELD = 1 << 24  # of proposals in memory at once, over all rows, where chunks are one tile long
 
 
 class ReweightedDistribution(Protocol):
@@ -41,14 +41,14 @@ class Diagnostics:
 
     Attributes:
         ess: [B], effective sample size of each row's base draws, out of `num_proposals`.
-        log_normalizer: log Z estimated from all base draws, nats; an under-estimate on average (Jensen).
-        num_proposals: base draws per row.
+        log_normalizer: [*batch], log Z estimated from all base draws, nats; on average below it (Jensen).
+        num_proposals: base draws per row; for Langevin dynamics the number of starting draws.
         stopped: "num_proposals", "min_ess", "max_proposals" or "num_steps": what ended the sampling.
         seconds: wall-clock time.
     """
 
     ess: Tensor
-    log_normalizer: float
+    log_normalizer: Tensor
     num_proposals: int
     stopped: str
     seconds: float
@@ -59,6 +59,27 @@ class SampleResult(NamedTuple):
 
     z: Tensor
     diagnostics: Diagnostics
+
+
+def _checked_shape(owner: str, distribution: object, shape: object) -> torch.Size:
+    """`shape` as a torch.Size of at least one sample, and a distribution that can be sampled."""
+    if not all(hasattr(distribution, name) for name in ("base", "log_ratio", "batch_shape", "event_shape")):
+        raise TypeError(
+            f"{owner}: distribution must have base and log_ratio, as a prior called like prior() returns it, "
+            f"got {type(distribution).__name__}"
+        )
+    if not isinstance(shape, (tuple, list)) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"{owner}: shape must be a tuple of integers, got {shape!r}")
+    if min(shape, default=1) < 1:
+        raise ValueError(f"{owner}: shape must hold at least one sample, got {tuple(shape)}")
+    return torch.Size(shape)
+
+
+def _number(owner: str, name: str, value: object, strict: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (strict and value == 0):
+        raise ValueError(f"{owner}: {name} must be finite and {'>' if strict else '≥'} 0, got {value}")
 
 
 def _positive_int(owner: str, name: str, value: object) -> None:
@@ -96,8 +117,10 @@ class SIR:
         for name in ("chunk_size", "max_proposals"):
             if getattr(self, name) is not None:
                 _positive_int("SIR", name, getattr(self, name))
-        if self.min_ess is not None and not (math.isfinite(self.min_ess) and self.min_ess > 0):
-            raise ValueError(f"SIR: min_ess must be finite and > 0, got {self.min_ess}")
+        if self.min_ess is not None:
+            _number("SIR", "min_ess", self.min_ess, strict=True)
+        if self.max_proposals is not None and self.min_ess is None:
+            raise ValueError(f"SIR: max_proposals is the limit of min_ess and needs it, got {self.max_proposals} alone")
         if self.max_proposals is not None and self.max_proposals < self.num_proposals:
             raise ValueError(
                 f"SIR: max_proposals must be ≥ num_proposals, got {self.max_proposals} < {self.num_proposals}"
@@ -116,23 +139,21 @@ class SIR:
             ValueError: where the log-ratio of a row's proposals is NaN, +inf, or −inf for all of them.
         """
         start = time.perf_counter()
-        shape, batch, n = torch.Size(shape), distribution.batch_shape, self.draws_per_row
+        shape, batch, n = _checked_shape("SIR", distribution, shape), distribution.batch_shape, self.draws_per_row
         sets = -(-shape.numel() // n)  # of proposals, per element of the batch
-        per_block = max(1, MAX_PROPOSALS_HELD // (max(1, batch.numel()) * (self.chunk_size or TILE)))
+        per_block = max(1, MAX_ELEMENTS_HELD // (TILE * batch.numel() * distribution.event_shape.numel()))
         with _random.scoped(generator):
             blocks = [self._block(distribution, min(per_block, sets - i)) for i in range(0, sets, per_block)]
-        if not blocks:
-            raise ValueError(f"SIR: shape must hold at least one sample, got {tuple(shape)}")
         z = torch.cat([z for z, *_ in blocks])  # [sets, n, *batch, *event]
         z = z.flatten(0, 1)[: shape.numel()].view(*shape, *batch, *distribution.event_shape)
         ess = torch.cat([state.ess for _, state, _ in blocks])
-        log_mean = torch.cat([state.log_mean_weight for _, state, _ in blocks])
-        counts = torch.tensor([float(state.num_seen) for _, state, _ in blocks for _ in state.ess], dtype=torch.float64)
-        total = torch.logsumexp(log_mean.cpu() + counts.log(), 0) - counts.sum().log()
+        log_sums = [(s.log_mean_weight + math.log(s.num_seen)).view(-1, *batch) for _, s, _ in blocks]
+        count = sum(s.num_seen * (s.log_max.numel() // batch.numel()) for _, s, _ in blocks)
+        log_normalizer = torch.cat(log_sums).logsumexp(0) - math.log(count)
         used = max(state.num_seen for _, state, _ in blocks)
         stopped = {s for *_, s in blocks}
         reason = "max_proposals" if "max_proposals" in stopped else stopped.pop()
-        return SampleResult(z, Diagnostics(ess, float(total), used, reason, time.perf_counter() - start))
+        return SampleResult(z, Diagnostics(ess, log_normalizer, used, reason, time.perf_counter() - start))
 
     def _block(self, distribution: ReweightedDistribution, sets: int) -> tuple[Tensor, ops.SIRState, str]:
         """`sets` sets of proposals for each element of the batch: z [sets, n, *batch, *event], state, reason."""
@@ -204,12 +225,10 @@ class Langevin:
 
     def __post_init__(self) -> None:
         _positive_int("Langevin", "num_steps", self.num_steps)
-        if not (math.isfinite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"Langevin: step_size must be finite and > 0, got {self.step_size}")
+        _number("Langevin", "step_size", self.step_size, strict=True)
+        _number("Langevin", "temperature", self.temperature)
         if self.space not in ("z", "epsilon"):
             raise ValueError(f"Langevin: space must be 'z' or 'epsilon', got {self.space!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"Langevin: temperature must be finite and ≥ 0, got {self.temperature}")
 
     @torch.no_grad()
     def sample(
@@ -223,14 +242,18 @@ class Langevin:
         Raises:
             TypeError: for "epsilon" with a base that is not Normal with independent coordinates.
             ValueError: where a chain leaves the finite numbers, with the advice to take smaller steps.
+            RuntimeError: under `torch.inference_mode()`, which forbids the gradients that the steps need.
         """
         start = time.perf_counter()
+        shape = _checked_shape("Langevin", distribution, shape)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("Langevin: needs gradients, which torch.inference_mode() forbids; use torch.no_grad()")
         base = distribution.base
         normal = normal_parameters(base)
         if self.space == "epsilon" and normal is None:
             raise TypeError(f"Langevin: space 'epsilon' needs a Normal base, got {type(base).__name__}")
         with _random.scoped(generator):
-            z = base.sample(torch.Size(shape)).contiguous()
+            z = base.sample(shape).contiguous()
             seed = ops.draw_seed(z.device)
         log_ratio = distribution.log_ratio(z)
         next_step = torch.tensor([0, 1], device=z.device)
@@ -249,8 +272,13 @@ class Langevin:
         z = to_z(state)
         if not torch.isfinite(z).all():
             raise ValueError(f"Langevin: a chain diverged; step_size must be smaller than {self.step_size} here")
-        ess, log_normalizer = _base_draws(log_ratio)
-        return SampleResult(z, Diagnostics(ess, log_normalizer, 1, "num_steps", time.perf_counter() - start))
+        batch, count = distribution.batch_shape, shape.numel()
+        rows = log_ratio.reshape(count, -1).T
+        base_draws = ops.sir_update(ops.sir_state(len(rows), device=rows.device), rows, ops.draw_seed(rows.device))
+        log_normalizer = base_draws.log_mean_weight.view(batch)
+        return SampleResult(
+            z, Diagnostics(base_draws.ess, log_normalizer, count, "num_steps", time.perf_counter() - start)
+        )
 
     @staticmethod
     def _score(distribution: ReweightedDistribution, to_z, state: Tensor, with_base: bool) -> Tensor:
@@ -262,10 +290,3 @@ class Langevin:
             if with_base:
                 log_p = log_p + distribution.base.log_prob(z)
             return torch.autograd.grad(log_p.sum(), state)[0].contiguous()
-
-
-def _base_draws(log_ratio: Tensor) -> tuple[Tensor, float]:
-    """Effective sample size [1] and log-mean weight of base draws with these log-ratios."""
-    row = log_ratio.reshape(1, -1)
-    state = ops.sir_update(ops.sir_state(1, device=row.device), row, ops.draw_seed(row.device))
-    return state.ess, float(state.log_mean_weight)

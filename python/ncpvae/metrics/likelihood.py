@@ -17,7 +17,8 @@ class Likelihood:
 
     Attributes:
         nll: mean over the examples, nats per example.
-        standard_error: of that mean over examples; it does not hold the error of a log Z.
+        standard_error: of that mean over examples; it holds neither the error of a log Z nor that of SNIS proposals
+            shared between examples.
         per_example: [N], nats.
         protocol: how it was computed.
     """
@@ -38,6 +39,7 @@ def importance_weighted_nll(
     max_rows: int = 25_600,
     transform: Callable[[Tensor], Tensor] | None = None,
     seed: int | None = 0,
+    device: torch.device | str | None = None,
 ) -> dict[str, Likelihood]:
     """−log p(x) ≤ −E[ log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x) ], z_s ~ q(z|x), for one or more priors at once.
 
@@ -52,6 +54,7 @@ def importance_weighted_nll(
         num_samples: S draws per example.
         max_rows: rows z given to the decoder at once; memory depends on it and not on N or S.
         transform: applied to each chunk of data once, binarisation for example; conversion to float32 by default.
+        device: where the chunks of data go first; where they are by default.
         seed: governs all randomness, torch's global generators being left as they were; None uses those.
 
     Returns:
@@ -59,10 +62,12 @@ def importance_weighted_nll(
 
     Source: Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders", ICLR 2016.
     """
-    if not isinstance(data, Tensor) or len(data) == 0:
-        raise ValueError(
-            "importance_weighted_nll: data must be a tensor [N, …] with N ≥ 1, got an empty or other object"
-        )
+    if not isinstance(data, Tensor):
+        raise TypeError(f"importance_weighted_nll: data must be a tensor [N, …], got {type(data).__name__}")
+    if data.dim() < 1 or len(data) == 0:
+        raise ValueError(f"importance_weighted_nll: data must be [N, …] with N ≥ 1, got shape {tuple(data.shape)}")
+    if data.is_floating_point() and not torch.isfinite(data).all():
+        raise ValueError("importance_weighted_nll: data must be finite, got NaN or infinity")
     if num_samples < 1 or max_rows < 1:
         raise ValueError(
             f"importance_weighted_nll: num_samples and max_rows must be ≥ 1, got {num_samples}, {max_rows}"
@@ -72,12 +77,20 @@ def importance_weighted_nll(
     examples: dict[str, list[Tensor]] = {name: [] for name in log_priors}
     with _random.scoped(seed):
         for chunk in data.split(max(1, max_rows // at_once)):
-            x = transform(chunk)
+            x = transform(chunk if device is None else chunk.to(device))
             posterior = encode(x)
+            if not isinstance(posterior, Distribution) or posterior.batch_shape != x.shape[:1]:
+                got = tuple(posterior.batch_shape) if isinstance(posterior, Distribution) else type(posterior).__name__
+                raise ValueError(f"importance_weighted_nll: encode must return q(z|x) with batch [{len(x)}], got {got}")
             running = {name: torch.full((len(x),), -math.inf, device=x.device) for name in log_priors}
             for start in range(0, num_samples, at_once):
                 z = posterior.sample((min(at_once, num_samples - start),))
                 shared = decode(z).log_prob(x) - posterior.log_prob(z)
+                if shared.shape != (len(z), len(x)):
+                    raise ValueError(
+                        f"importance_weighted_nll: decode must return p(x|z) with batch {(len(z), len(x))}, "
+                        f"got log-likelihoods of shape {tuple(shared.shape)}"
+                    )
                 for name, log_prior in log_priors.items():
                     running[name] = torch.logaddexp(running[name], (shared + log_prior(z)).logsumexp(0))
             for name, log_sum in running.items():

@@ -58,7 +58,13 @@ def _cpu_library() -> str:
     levels = list(CPU_CAPABILITIES)[: list(CPU_CAPABILITIES).index(highest) + 1]
     wanted = os.environ.get("NCPVAE_CPU_CAPABILITY") or highest
     if wanted not in levels:
-        raise ValueError(f"NCPVAE_CPU_CAPABILITY must be one of {', '.join(levels)} on this processor, got {wanted!r}")
+        warnings.warn(
+            f"NCPVAE_CPU_CAPABILITY must be one of {', '.join(levels)} on this processor, got {wanted!r}: "
+            f"using {highest}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        wanted = highest
     stem = "libncpvae_cpu" + CPU_CAPABILITIES[wanted]
     return stem if any(PACKAGE.glob(f"{stem}.*")) else "libncpvae_cpu"
 

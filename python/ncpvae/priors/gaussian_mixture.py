@@ -30,6 +30,8 @@ class GaussianMixture(nn.Module):
                 "GaussianMixture: log_weight must be [K], mean [K, D] and scale [K, D] or [K, D, D], got shapes "
                 f"{tuple(log_weight.shape)}, {tuple(mean.shape)}, {tuple(scale.shape)}"
             )
+        if not (torch.diagonal(scale, dim1=-2, dim2=-1) if scale.dim() == 3 else scale).gt(0).all():
+            raise ValueError("GaussianMixture: scale must be > 0, on the diagonal of Cholesky factors")
         self.register_buffer("log_weight", log_weight)
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
@@ -60,6 +62,9 @@ class GaussianMixture(nn.Module):
             raise ImportError("GaussianMixture.fit needs scikit-learn: pip install 'ncpvae[data]'") from error
         if covariance not in ("diag", "full"):
             raise ValueError(f"GaussianMixture.fit: covariance must be 'diag' or 'full', got {covariance!r}")
+        if not isinstance(codes, Tensor) or not codes.is_floating_point():
+            got = getattr(codes, "dtype", type(codes))
+            raise TypeError(f"GaussianMixture.fit: codes must be a floating-point tensor, got {got}")
         if codes.dim() != 2 or len(codes) < max(2, num_components):
             raise ValueError(
                 f"GaussianMixture.fit: codes must be [N, D] with N ≥ max(2, K = {num_components}), "

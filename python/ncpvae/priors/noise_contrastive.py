@@ -14,7 +14,9 @@ from .. import _random, ops
 from ..distributions import temper
 from ..samplers import SIR, TILE, Langevin
 
-ROWS_AT_ONCE = 1 << 14  # rows given to the classifier at a time where no gradient is kept
+ROWS_AT_ONCE = 1 << 14  # z given to the classifier at a time where no gradient is kept …
+ELEMENTS_AT_ONCE = 1 << 22  # … and fewer where they are large
+SNIS_SETS = 16  # independent sets of proposals in one call of snis_log_prob
 
 
 class LogNormalizer(NamedTuple):
@@ -61,6 +63,11 @@ class NoiseContrastive(Distribution):
                 "NoiseContrastive: base must have an event shape, got one with a batch shape only; "
                 "wrap it in torch.distributions.Independent"
             )
+        if context is not None and base.batch_shape != context.shape[:1]:
+            raise ValueError(
+                f"NoiseContrastive: base must have the context's batch {tuple(context.shape[:1])} as its batch shape, "
+                f"got {tuple(base.batch_shape)}; make it depend on the context, or expand it"
+            )
         self.base, self.classifier, self.context, self.log_normalizer = base, classifier, context, log_normalizer
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
@@ -76,23 +83,30 @@ class NoiseContrastive(Distribution):
         if z.shape[z.dim() - len(event) :] != event:
             raise ValueError(f"log_ratio: z must be [..., {', '.join(map(str, event))}], got shape {tuple(z.shape)}")
         leading = z.shape[: z.dim() - len(event)]
+        at_once = min(ROWS_AT_ONCE, max(1, ELEMENTS_AT_ONCE // event.numel()))
         if self.context is not None:  # the classifier wants the context's B first: [B, M, *event]
-            z = z.movedim(len(leading) - 1, 0)
-            return self._checked(self.classifier(z, self.context), z).movedim(0, -1)
-        rows = z.reshape(-1, *event)
-        if torch.is_grad_enabled() or len(rows) <= ROWS_AT_ONCE:
-            out = self._checked(self.classifier(rows), rows)
-        else:
-            out = torch.cat([self._checked(self.classifier(part), part) for part in rows.split(ROWS_AT_ONCE)])
-        return out.view(leading)
+            rows = z.reshape(-1, *z.shape[len(leading) - 1 :]).movedim(0, 1)
+            return self._in_parts(rows, max(1, at_once // len(rows))).T.reshape(leading)
+        return self._in_parts(z.reshape(1, -1, *event), at_once)[0].view(leading)
 
-    def _checked(self, log_ratio: Tensor, z: Tensor) -> Tensor:
-        expected = z.shape[: z.dim() - len(self.event_shape)]
-        if log_ratio.shape != expected:
-            raise ValueError(
-                f"classifier must return one logit per z, shape {tuple(expected)}, got {tuple(log_ratio.shape)}"
-            )
-        return log_ratio
+    def _in_parts(self, z: Tensor, at_once: int) -> Tensor:
+        """z [B, M, *event] → [B, M], `at_once` of the M at a time unless gradients are wanted."""
+        parts = (z,) if torch.is_grad_enabled() else z.split(at_once, dim=1)
+        return torch.cat([self._classify(part) for part in parts], dim=1)
+
+    def _classify(self, z: Tensor) -> Tensor:
+        """One call of the classifier, [B, M, *event] → [B, M], with what goes wrong in it named."""
+        inputs = (z[0],) if self.context is None else (z, self.context)
+        expected = inputs[0].shape[: inputs[0].dim() - len(self.event_shape)]
+        try:
+            log_ratio = self.classifier(*inputs)
+        except (RuntimeError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"classifier does not take z of shape {tuple(inputs[0].shape)}: {reason}") from error
+        if not isinstance(log_ratio, Tensor) or log_ratio.shape != expected:
+            got = tuple(log_ratio.shape) if isinstance(log_ratio, Tensor) else type(log_ratio).__name__
+            raise ValueError(f"classifier must return one logit per z, shape {tuple(expected)}, got {got}")
+        return log_ratio.view(z.shape[:2])
 
     def unnormalized_log_prob(self, z: Tensor) -> Tensor:
         """log r(z) + log p(z), nats; [..., *batch]."""
@@ -119,7 +133,7 @@ class NoiseContrastive(Distribution):
     def estimate_log_normalizer(
         self, num_samples: int = 100_000, generator: torch.Generator | None = None
     ) -> LogNormalizer:
-        """Estimate log Z = log E_p[r] by base draws, streamed, and keep it for `log_prob`.
+        """Estimate log Z = log E_p[r] by base draws, streamed, and keep it in this object for `log_prob`.
 
         Args:
             num_samples: base draws, ≥ 2. Memory does not depend on it.
@@ -130,7 +144,7 @@ class NoiseContrastive(Distribution):
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 2:
             raise ValueError(f"estimate_log_normalizer: num_samples must be an integer ≥ 2, got {num_samples!r}")
-        if self.batch_shape:
+        if self.batch_shape or self.context is not None:
             raise ValueError(f"estimate_log_normalizer: the base must have no batch, got {tuple(self.batch_shape)}")
         state = None
         with _random.scoped(generator):
@@ -152,10 +166,11 @@ class NoiseContrastive(Distribution):
 
         log p(z) + log r(z) − log( (r(z) + Σ_{k=2…K} r(z_k)) / K ), z_k ~ p. Its expectation over z_2…z_K bounds the
         log-density of what `SIR(K)` draws from below, and needs no log Z. In an importance-weighted likelihood
-        it keeps the bound valid. One call shares its K − 1 draws between all z.
+        it keeps the bound valid. Gradients flow through all of it.
 
         Args:
-            z: [..., *event].
+            z: [..., *batch, *event]. Up to 16 slices of its first dimension have sets of K − 1 draws of their own;
+                within a slice all z share one set, which blurs the mean over them by an error in common.
             num_proposals: K ≥ 1; K = 1 is the base itself.
 
         Source: Lawson, Tucker, Dai, Ranganath, "Energy-inspired models: learning with sampler-induced
@@ -166,9 +181,13 @@ class NoiseContrastive(Distribution):
         log_r, log_p = self.log_ratio(z), self.base.log_prob(z)
         if num_proposals == 1:
             return log_p
-        with torch.no_grad(), _random.scoped(generator):
-            others = self.log_ratio(self.base.sample((num_proposals - 1,))).logsumexp(0)
-        return log_p + log_r - torch.logaddexp(log_r, others) + math.log(num_proposals)
+        sample_dims = log_r.dim() - len(self.batch_shape)
+        parts = log_r.tensor_split(min(len(log_r), SNIS_SETS)) if sample_dims and len(log_r) else (log_r,)
+        with _random.scoped(generator):
+            others = (self.log_ratio(self.base.sample((num_proposals - 1,))).logsumexp(0) for _ in parts)
+            totals = [torch.logaddexp(part, other) for part, other in zip(parts, others, strict=True)]
+        log_total = torch.cat(totals) if sample_dims else totals[0]
+        return log_p + log_r - log_total + math.log(num_proposals)
 
     def tempered(self, temperature: float) -> "NoiseContrastive":
         """The same ratio over the base with its σ scaled by `temperature` (NCP-VAE, section 5.2); its Z is unknown."""
@@ -188,7 +207,11 @@ class NoiseContrastive(Distribution):
         The sampler's own `sample` gives diagnostics too.
         """
         sampler = SIR() if sampler is None else sampler
-        return sampler.sample(self.tempered(temperature), tuple(sample_shape), generator).z
+        if not hasattr(sampler, "sample"):
+            raise TypeError(
+                f"sample: sampler must be a sampler such as SIR() or Langevin(), got {type(sampler).__name__}"
+            )
+        return sampler.sample(self.tempered(temperature), sample_shape, generator).z
 
 
 class NoiseContrastivePrior(nn.Module):
@@ -220,7 +243,7 @@ class NoiseContrastivePrior(nn.Module):
             )
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"NoiseContrastivePrior: classifier must be a module, got {type(classifier).__name__}")
-        self.base, self.classifier = base, classifier
+        self.base, self.classifier = base, classifier.eval()  # BatchNorm is for training alone
         self.register_buffer("log_normalizer", torch.tensor(math.nan, dtype=torch.float64))
 
     def base_distribution(self, context: Tensor | None = None) -> Distribution:
@@ -235,7 +258,10 @@ class NoiseContrastivePrior(nn.Module):
     def estimate_log_normalizer(
         self, num_samples: int = 100_000, generator: torch.Generator | None = None
     ) -> LogNormalizer:
-        """Estimate log Z and keep it with the module's state; training the classifier again forgets it."""
+        """Estimate log Z and keep it with the module's state.
+
+        `fit_ncp` forgets it; after any other change of base or classifier call `forget_log_normalizer`.
+        """
         estimate = self.forward().estimate_log_normalizer(num_samples, generator)
         self.log_normalizer.fill_(estimate.value)
         return estimate

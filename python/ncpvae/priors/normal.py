@@ -25,6 +25,12 @@ class Normal(nn.Module):
     ):
         super().__init__()
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if min(shape, default=1) < 1:
+            raise ValueError(f"Normal: shape must be positive, got {shape}")
+        for name, value in (("mean", mean), ("std", std)):
+            given = torch.as_tensor(value).shape
+            if len(given) > len(shape) or any(g not in (1, s) for g, s in zip(given[::-1], shape[::-1], strict=False)):
+                raise ValueError(f"Normal: {name} must broadcast to shape {shape}, got {tuple(given)}")
         mean, std = (torch.as_tensor(v, dtype=torch.get_default_dtype()).expand(shape).clone() for v in (mean, std))
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
             raise ValueError("Normal: mean must be finite and std finite and > 0")
@@ -40,6 +46,10 @@ class Normal(nn.Module):
     @classmethod
     def fit(cls, codes: Tensor) -> "Normal":
         """The Normal with the mean and standard deviation of `codes` [N, …], coordinate by coordinate."""
+        if not isinstance(codes, Tensor) or not codes.is_floating_point():
+            raise TypeError(
+                f"Normal.fit: codes must be a floating-point tensor, got {getattr(codes, 'dtype', type(codes))}"
+            )
         if codes.dim() < 2 or len(codes) < 2:
             raise ValueError(f"Normal.fit: codes must be [N, …] with N ≥ 2, got shape {tuple(codes.shape)}")
         return cls(tuple(codes.shape[1:]), codes.mean(0), codes.std(0).clamp_min(1e-6))

@@ -4,6 +4,7 @@ A loss function maps a batch to named terms, tensors without dimensions; the fir
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -47,8 +48,7 @@ def minibatches(num_examples: int, batch_size: int, seed: int, start_step: int =
 
     Every epoch is a fresh permutation, and its incomplete last batch is dropped (kept when it is the only one).
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
+    check_count("batch_size", batch_size)
     batch_size = min(batch_size, num_examples)
     per_epoch = num_examples // batch_size
     epoch, first = divmod(start_step, per_epoch)
@@ -103,10 +103,14 @@ def train(
     Raises:
         TrainingDiverged: naming step and term, when one is NaN or infinite.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be ≥ 1, got {steps}")
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr must be finite and > 0, got {lr}")
+    check_count("steps", steps)
+    for name, optional in (("validate_every", validate_every), ("patience", patience)):
+        if optional is not None:
+            check_count(name, optional)
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr must be finite and > 0, got {lr!r}")
+    check_count("seed", seed, minimum=0, below=1 << 62)
+    progress = progress and os.environ.get("RANK", "0") == "0"  # torchrun's rank
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(schedule, steps))
@@ -119,48 +123,58 @@ def train(
     window: list[dict[str, float]] = []
     stale, step = 0, 0
     model.train()
-    with _random.scoped(seed), tqdm(total=steps, desc=description, disable=not progress, leave=False) as bar:
-        for step, batch in zip(range(1, steps + 1), batches, strict=False):
-            terms = loss(batch)
-            optimizer.zero_grad(set_to_none=True)
-            next(iter(terms.values())).backward()
-            optimizer.step()
-            scheduler.step()
-            pending.append({name: term.detach() for name, term in terms.items()})
-            validating = step % validate_every == 0 or step == steps
-            if step % CHECK_EVERY == 0 or validating:
-                window += _collect(pending, step)
-                bar.update(len(pending))
-                bar.set_postfix({name: f"{value:.4g}" for name, value in window[-1].items()}, refresh=False)
-                pending.clear()
-            if not validating:
-                continue
-            record = {"step": step} | {k: sum(w[k] for w in window) / len(window) for k in window[0]}
-            window.clear()
-            if validate is not None:
-                model.eval()
-                with torch.no_grad():
-                    held_out = validate()
-                model.train()
-                record |= {f"validation_{name}": value for name, value in held_out.items()}
-                value = next(iter(held_out.values()))
-                if not math.isfinite(value):
-                    raise TrainingDiverged(
-                        f"{description}: validation {next(iter(held_out))} is {value} at step {step}"
-                    )
-                stale += 1
-                if value < best_value:
-                    stale, best_value, best_step = 0, value, step
-                    best_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-            history.append(record)
-            if patience is not None and stale >= patience:
-                break
-    if best_weights is None:
-        best_step = step
-    else:
-        model.load_state_dict(best_weights)
-    model.eval()
+    try:
+        with _random.scoped(seed), tqdm(total=steps, desc=description, disable=not progress, leave=False) as bar:
+            for step, batch in zip(range(1, steps + 1), batches, strict=False):
+                terms = loss(batch)
+                optimizer.zero_grad(set_to_none=True)
+                next(iter(terms.values())).backward()
+                optimizer.step()
+                scheduler.step()
+                pending.append({name: term.detach() for name, term in terms.items()})
+                validating = step % validate_every == 0 or step == steps
+                if step % CHECK_EVERY == 0 or validating:
+                    window += _collect(pending, step)
+                    bar.update(len(pending))
+                    bar.set_postfix({name: f"{value:.4g}" for name, value in window[-1].items()}, refresh=False)
+                    pending.clear()
+                if not validating:
+                    continue
+                record = {"step": step} | {k: sum(w[k] for w in window) / len(window) for k in window[0]}
+                window.clear()
+                if validate is not None:
+                    model.eval()
+                    with torch.no_grad():
+                        held_out = validate()
+                    model.train()
+                    record |= {f"validation_{name}": value for name, value in held_out.items()}
+                    value = next(iter(held_out.values()))
+                    if not math.isfinite(value):
+                        raise TrainingDiverged(
+                            f"{description}: validation {next(iter(held_out))} is {value} at step {step}"
+                        )
+                    stale += 1
+                    if value < best_value:
+                        stale, best_value, best_step = 0, value, step
+                        best_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+                history.append(record)
+                if patience is not None and stale >= patience:
+                    break
+    finally:  # also after a failure the model is left usable, with the best weights there were
+        if best_weights is not None:
+            model.load_state_dict(best_weights)
+        model.eval()
+    best_step = step if best_weights is None else best_step
     return TrainResult(step, time.perf_counter() - start, history, best_step, step < steps)
+
+
+def check_count(name: str, value: object, minimum: int = 1, below: float = math.inf) -> None:
+    """`value` is an integer from `minimum` on, `below` a limit."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not minimum <= value < below:
+        limit = "" if below == math.inf else f" and < {below}"
+        raise ValueError(f"{name} must be ≥ {minimum}{limit}, got {value}")
 
 
 def _collect(pending: list[dict[str, Tensor]], last_step: int) -> list[dict[str, float]]:

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from .. import _random, objectives
 from ..priors import NoiseContrastivePrior
-from .engine import minibatches, train
+from .engine import check_count, minibatches, train
 from .vae import check_data
 
 #: a held-out loss below this (of at most 2·log 2 = 1.386) means the classes hardly overlap
@@ -99,29 +99,41 @@ def fit_ncp(
         raise ValueError("fit_ncp: vae and data must be given together")
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(f"fit_ncp: validation_fraction must be between 0 and 1, got {validation_fraction}")
-    parameters = list(prior.classifier.parameters())
+    parameters = [p for p in prior.classifier.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError("fit_ncp: prior.classifier must have parameters to train, got none")
+        raise ValueError("fit_ncp: prior.classifier must have parameters to train, got none that require gradients")
+    check_count("fit_ncp: seed", seed, minimum=0, below=1 << 62)
+    check_count("fit_ncp: batch_size", batch_size)
     device, dtype = parameters[0].device, parameters[0].dtype
     event = tuple(prior.base_distribution().event_shape)
 
-    encode = _as_encoder(vae, transform, device) if vae is not None else lambda codes: codes.to(device, dtype)
+    def as_given(codes: Tensor) -> Tensor:
+        return codes.to(device, dtype)
+
+    encode = as_given if vae is None else _as_encoder(vae, transform, device, dtype)
     examples = data if data is not None else posterior_samples
-    train_part, held_out_part = _split(
-        "data" if data is not None else "posterior_samples", examples, validation, validation_fraction, seed
+    source = "posterior_samples" if vae is None else "the VAE's codes"
+    rest, held_out_part = _split(
+        "data" if vae is not None else "posterior_samples", examples, validation, validation_fraction, seed
     )
-    with torch.no_grad(), _random.scoped(seed):
+    assert examples is not None  # _split has seen to it
+    prior.classifier.eval()
+    with torch.no_grad(), _random.scoped(seed ^ 0x5EED0FF):  # not the stream that the training steps draw from
+        _check_event(source, encode(examples[:2]), event)
         held_out = torch.cat([encode(part) for part in held_out_part.split(1024)])
-        _check_event("the VAE's codes" if vae is not None else "posterior_samples", held_out, event)
+        _check_event("validation" if validation is not None else source, held_out, event)
         base_batches, held_out_base = _base_source(
             prior, base_samples, batch_size, len(held_out), validation_fraction, seed
         )
         _check_event("base_samples", held_out_base, event)
+        held_out_base = held_out_base.to(device, dtype)
         prior.forward().log_ratio(held_out[:2])  # a classifier of the wrong shape is named before training
-    positive_batches = (train_part[i] for i in minibatches(len(train_part), batch_size, seed))
+    positive_batches = (examples[rest[i]] for i in minibatches(len(rest), batch_size, seed))
+    prior.forget_log_normalizer()
+    distribution = prior.forward()
 
     def logits(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        both = prior.forward().log_ratio(torch.cat([q, p]))  # in one pass: BatchNorm sees both classes together
+        both = distribution.log_ratio(torch.cat([q, p]))  # in one pass: BatchNorm sees both classes together
         return both[: len(q)], both[len(q) :]
 
     def terms(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -133,7 +145,6 @@ def fit_ncp(
         q, p = logits(held_out, held_out_base)
         return {"nce": float(objectives.nce(q, p)), "accuracy": float(objectives.nce_accuracy(q, p))}
 
-    prior.forget_log_normalizer()
     result = train(
         prior.classifier,
         terms,
@@ -172,7 +183,7 @@ def fit_ncp(
     )
 
 
-def _as_encoder(vae, transform, device) -> Callable[[Tensor], Tensor]:
+def _as_encoder(vae, transform, device, dtype) -> Callable[[Tensor], Tensor]:
     """x [B, …] → one draw of z per example, from whatever `vae` is."""
     if isinstance(vae, nn.Module):
         vae.eval()
@@ -184,30 +195,33 @@ def _as_encoder(vae, transform, device) -> Callable[[Tensor], Tensor]:
     def encode(x: Tensor) -> Tensor:
         q = call(transform(x.to(device)))
         if isinstance(q, Distribution):
-            return q.sample()
+            return q.sample().to(device, dtype)
         if isinstance(q, Tensor):
-            return q
+            return q.to(device, dtype)
         raise TypeError(f"fit_ncp: vae must return a Distribution or a tensor of draws, got {type(q).__name__}")
 
     return encode
 
 
-def _split(name: str, examples: Tensor | None, validation: Tensor | None, fraction: float, seed: int):
+def _split(
+    name: str, examples: Tensor | None, validation: Tensor | None, fraction: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Indices of the examples to train on, and the held-out examples."""
     check_data("fit_ncp", name, examples, minimum=2)
     assert examples is not None
     if validation is not None:
         check_data("fit_ncp", "validation", validation)
-        return examples, validation
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).to(examples.device)
+        return torch.arange(len(examples)), validation
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     count = min(max(1, round(fraction * len(examples))), len(examples) - 1)
-    return examples[order[count:]], examples[order[:count]]
+    return order[count:], examples[order[:count].to(examples.device)]
 
 
 def _base_source(prior, base_samples, batch_size, num_held_out, fraction, seed) -> tuple[Iterator[Tensor], Tensor]:
     """Endless batches of base draws, and the held-out ones."""
     if base_samples is not None:
         rest, held_out = _split("base_samples", base_samples, None, fraction, seed)
-        return (rest[i] for i in minibatches(len(rest), batch_size, seed + 1)), held_out
+        return (base_samples[rest[i]] for i in minibatches(len(rest), batch_size, seed + 1)), held_out
     base = prior.base_distribution()
     if base.batch_shape:
         raise ValueError(f"fit_ncp: prior.base must have no batch shape, got {tuple(base.batch_shape)}")

@@ -48,6 +48,8 @@ def fit_vae(
         ValueError: for an empty or non-finite data set.
         TrainingDiverged: where a term becomes NaN or infinite.
     """
+    if not isinstance(vae, VAE):
+        raise TypeError(f"fit_vae: vae must be a VAE, got {type(vae).__name__}")
     check_data("fit_vae", "data", data)
     device = next(vae.parameters()).device
     transform = transform or (lambda x: x.float())
@@ -92,6 +94,8 @@ def check_data(function: str, name: str, data: object, minimum: int = 1) -> None
         raise TypeError(f"{function}: {name} must be a tensor [N, …], got {type(data).__name__}")
     if data.dim() < 2 or len(data) < minimum:
         raise ValueError(f"{function}: {name} must be [N, …] with N ≥ {minimum}, got shape {tuple(data.shape)}")
+    if data.is_complex():
+        raise TypeError(f"{function}: {name} must be real, got {data.dtype}")
     if data.is_floating_point() and not torch.isfinite(data).all():
         bad = int((~torch.isfinite(data)).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"{function}: {name} must be finite, got NaN or infinity in row {bad}")
