@@ -100,6 +100,8 @@ class NoiseContrastive(Distribution):
         expected = inputs[0].shape[: inputs[0].dim() - len(self.event_shape)]
         try:
             log_ratio = self.classifier(*inputs)
+        except torch.OutOfMemoryError:  # a RuntimeError too, but not one about shapes
+            raise
         except (RuntimeError, IndexError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"classifier does not take z of shape {tuple(inputs[0].shape)}: {reason}") from error
