@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 
 DEPENDENCIES := $(VENV)/.stamp-dependencies
 INSTALLED := $(VENV)/.stamp-installed
-EXTRAS := data,plot,test,lint
+EXTRAS := all,test,lint
 TREE := csrc python build_support CMakeLists.txt pyproject.toml README.md LICENSE
 SOURCES := $(wildcard $(shell git ls-files --cached --others --exclude-standard -- $(TREE) 2>/dev/null \
 	|| find $(TREE) -type f -not -name '*.pyc' -not -name '*.so'))

@@ -7,14 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "python" / "ncpvae"
 LAYERS = [
-    "ops distributions nn _random",
+    "ops distributions nn _random _files _distributed pretrained _description",
     "vae nvae text_vae classifiers critics info",
     "samplers",
+    "sharding",
     "priors",  # a prior's default sampler comes from samplers, never the other way round
     "objectives",
-    "metrics data plots",
-    "train adapters",
-    "recipes demos",
+    "metrics data plots bench",
+    "report train",
+    "adapters recipes",
+    "runs",
     "cli",
     "__main__ __init__",
 ]
@@ -84,7 +86,7 @@ def test_the_rules_are_those_of_the_architecture():
         ("metrics", "data"),
         ("train", "cli"),
         ("nn", "vae"),
-        ("demos", "__init__"),
+        ("runs", "__init__"),
     ]:
         assert not allowed(importer, imported)
 

@@ -18,11 +18,6 @@ def test_grid_refuses_what_is_no_batch_of_images():
         plots.image_grid(torch.zeros(3, 4))
 
 
-def test_nearest_finds_each_query_among_its_examples():
-    examples = torch.rand(300, 1, 4, 4)
-    assert torch.equal(plots.nearest(examples[40:45] + 1e-4, examples), examples[40:45])
-
-
 def test_pictures_are_png_files(tmp_path):
     pytest.importorskip("matplotlib")
     for path in (

@@ -168,6 +168,21 @@ def test_normal_fit_matches_moments():
     torch.testing.assert_close(distribution.stddev, codes.std(0))
 
 
+def test_normal_fit_per_channel_pools_positions():
+    codes = torch.randn(500, 3, 4, 4) * torch.tensor([1.0, 2.0, 0.5])[:, None, None] + 1
+    distribution = Normal.fit(codes, per="channel")()
+    assert distribution.event_shape == (3, 4, 4)
+    columns = codes.movedim(1, 0).flatten(1)  # [C, N·H·W]
+    for moment, expected in ((distribution.mean, columns.mean(1)), (distribution.stddev, columns.std(1))):
+        torch.testing.assert_close(moment, expected[:, None, None].expand(3, 4, 4))
+
+
+def test_normal_fit_per_channel_of_vectors_is_per_coordinate():
+    codes = torch.randn(50, 3)
+    assert torch.equal(Normal.fit(codes, per="channel").mean, Normal.fit(codes).mean)
+    assert torch.equal(Normal.fit(codes, per="channel").log_std, Normal.fit(codes).log_std)
+
+
 class TwoLogits(nn.Module):
     def forward(self, z, context=None):
         return torch.zeros(*z.shape[:-1], 2)
@@ -222,6 +237,11 @@ class TwoLogits(nn.Module):
         ),
         (lambda: Normal(2, std=-1.0), ValueError, "std finite and > 0"),
         (lambda: Normal.fit(torch.zeros(1, 2)), ValueError, r"Normal.fit: codes must be \[N, …\] with N ≥ 2"),
+        (
+            lambda: Normal.fit(torch.zeros(3, 2), per="pixel"),
+            ValueError,
+            "per must be 'coordinate' or 'channel', got 'pixel'",
+        ),
         (lambda: GaussianMixture.fit(torch.zeros(3, 2), 5), ValueError, "K = 5"),
         (lambda: GaussianMixture.fit(torch.full((9, 2), math.nan), 2), ValueError, "codes must be finite"),
         (

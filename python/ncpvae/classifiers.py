@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .nn import ResidualCell, mlp
+from .pretrained import Pretrained
 
 
 def _check_event(name: str, z: Tensor, event: tuple[int | None, ...], meaning: str) -> None:
@@ -27,7 +28,7 @@ def _check_context(name: str, context: Tensor | None, features: int, letter: str
         raise ValueError(f"{name}: context must be {wanted} ({letter} = {features}), got {got}")
 
 
-class MLPClassifier(nn.Module):
+class MLPClassifier(Pretrained):
     """Fully connected classifier of z [..., D] → log r [...].
 
     Args:
@@ -63,7 +64,7 @@ class MLPClassifier(nn.Module):
         return self.network(z).squeeze(-1)
 
 
-class ResidualClassifier(nn.Module):
+class ResidualClassifier(Pretrained):
     """The paper's classifier of feature maps z [..., C, H, W] → log r [...] (NCP-VAE, Figure 5).
 
     3×3 convolution and ReLU; residual blocks A A A, B, A A A, B; global average pooling; one linear logit. The

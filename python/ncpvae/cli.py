@@ -1,81 +1,353 @@
-"""The command line: `ncpvae demo [gaussians] [digits] [mnist]` and `ncpvae info`."""
+"""The command line: `ncpvae COMMAND`, also `python -m ncpvae COMMAND`; `ncpvae --help` lists the commands."""
 
-import argparse
+import dataclasses
+import json
+import shlex
 import sys
-from collections.abc import Sequence
-
-DEMOS = ("gaussians", "digits", "mnist")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ncpvae", description="Noise contrastive priors for variational autoencoders."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo", help="train a VAE, measure its prior hole, close it with a noise contrastive prior"
-    )
-    demo.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(DEMOS)}; gaussians and digits by default")
-    demo.add_argument("--output", default="demo-output", help="folder for tables and pictures (default: %(default)s)")
-    demo.add_argument(
-        "--steps", type=int, help="training steps of stage one; stage two in proportion, for mnist at most 50,000"
-    )
-    demo.add_argument("--seed", type=int, default=0, help="governs all randomness (default: %(default)s)")
-    demo.add_argument("--data-dir", help="folder that holds mnist (default: $NCPVAE_DATA, then the Hugging Face hub)")
-    demo.add_argument("--vae", metavar="FILE", help="mnist: weights of an earlier run, to skip stage one")
-    demo.add_argument("--no-progress", action="store_true", help="no progress bars")
-    commands.add_parser("info", help="versions, devices, and which kernels serve each op")
-    return parser
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union
 
 
-def _demo(arguments: argparse.Namespace) -> None:
-    from importlib import import_module
-    from pathlib import Path
+def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
+    """The commands by name; their parameters are their flags, their docstrings the help."""
+    from tyro.conf import Positional, arg, subcommand
 
-    from .data import check_folder
-    from .demos.report import output_folder
+    from .recipes import RECIPES, Evaluation, StageTwo
+    from .runs import Run, open_run
+    from .runs.folder import writable
+    from .runs.sampling import Sampling
 
-    names = arguments.name or ["gaussians", "digits"]
-    for name in names:
-        if name not in DEMOS:
-            raise ValueError(f"demo must be one of {', '.join(DEMOS)}, got {name!r}")
-    if arguments.steps is not None and arguments.steps < 1:
-        raise ValueError(f"--steps must be ≥ 1, got {arguments.steps}")
-    if "mnist" not in names and (arguments.data_dir or arguments.vae):
-        raise ValueError("--data-dir and --vae are for the demo mnist, which is not among those to run")
-    if arguments.vae and not Path(arguments.vae).is_file():
-        raise OSError(f"weights file {arguments.vae!r} is not a file")
-    if "mnist" in names:
-        check_folder("mnist", arguments.data_dir)
-    folder = output_folder(arguments.output)
-    for name in names:
-        options = {"seed": arguments.seed, "progress": not arguments.no_progress}
-        if arguments.steps is not None:
-            options["steps"] = arguments.steps
-        if name == "mnist":
-            options |= {"data_folder": arguments.data_dir, "vae_file": arguments.vae}
-        print(import_module(f".demos.{name}", __package__).run(folder, **options), flush=True)
+    command = shlex.join(["ncpvae", *_without_resume(argv)])
+    recipes = tuple(Annotated[type(r), subcommand(name, default=r)] for name, r in RECIPES.items())
+    AnyRecipe: Any = Annotated[Union[recipes], arg(name="")]  # noqa: UP007
+
+    def opened(run: Path, device: str, data_dir: str | None) -> Run:
+        return open_run(run, device, data_dir)
+
+    def train(
+        recipe: AnyRecipe,
+        output: Path | None = None,
+        resume: str = "never",
+        device: str = "auto",
+        data_dir: str | None = None,
+        dry_run: bool = False,
+        progress: bool = True,
+    ) -> None:
+        """Stage one: train the VAE of a recipe. Every field of the recipe is a flag.
+
+        Args:
+            output: folder of the run; runs/RECIPE by default
+            resume: auto goes on from the newest checkpoint of the run, if any; a path from that one
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds data sets (default: $NCPVAE_DATA, then the Hugging Face hub)
+            dry_run: print the resolved recipe, the number of parameters and an estimate of memory, and stop
+            progress: show a progress bar
+        """
+        from .runs import training
+
+        name = next(name for name, known in RECIPES.items() if type(known) is type(recipe))
+        folder = output or Path("runs") / name
+        if dry_run:
+            print(_plan(name, recipe, folder))
+            return
+        writable(folder)
+        started = time.perf_counter()
+        run, result = training.train(folder, name, recipe, command, resume, device, data_dir, progress)
+        best = f", weights of step {result.best_step:,}" if result.best_step != result.steps else ""
+        last = result.history[-1]
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in last.items() if key != "step")
+        _say(f"{folder}: {result.steps:,} steps in {time.perf_counter() - started:.0f} s{best}; {shown}")
+        _say(f"next: ncpvae fit-prior {shlex.quote(str(run.folder))}")
+
+    def fit_prior(
+        run: Positional[Path],
+        stage: Annotated[StageTwo, arg(name="")] = _settings_of(argv).prior,  # noqa: B008
+        resume: str = "never",
+        overwrite: bool = False,
+        device: str = "auto",
+        data_dir: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Stage two: train the noise contrastive prior of a run's VAE.
+
+        Args:
+            run: folder of the run
+            resume: auto goes on from the newest checkpoint, if any; a path from that one
+            overwrite: throw away the prior that the run has, and all its checkpoints
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds data sets
+            progress: show a progress bar
+        """
+        from .runs import training
+
+        if overwrite and resume != "never":
+            raise ValueError("fit-prior: --overwrite starts afresh and --resume goes on, got both")
+        result = training.fit_prior(opened(run, device, data_dir), stage, command, resume, overwrite, progress)
+        _say(
+            f"{run}: {result.steps:,} steps in {result.seconds:.0f} s; held-out loss {result.loss:.4f} (1.386 where "
+            f"q(z) and the base agree), JSD ≥ {result.jsd:.4f} nats, accuracy {result.accuracy:.3f}"
+        )
+        _say(f"next: ncpvae evaluate {shlex.quote(str(run))} && ncpvae report {shlex.quote(str(run))}")
+
+    def sample(
+        run: Positional[Path],
+        num: int = 64,
+        sampling: Annotated[Sampling, arg(name="")] = Sampling(),  # noqa: B008
+        temperature: float = 1.0,
+        base: bool = False,
+        seed: int = 0,
+        output: Path | None = None,
+        device: str = "auto",
+    ) -> None:
+        """Draw samples from a run's prior: a picture and a safetensors file with z and x.
+
+        Args:
+            run: folder of the run
+            num: how many, over all processes
+            temperature: scales the base prior's standard deviation
+            base: draw from the base prior instead
+            seed: governs the draws
+            output: the .safetensors file (default: in RUN/samples)
+            device: auto, cpu, cuda, …
+        """
+        from .runs.sampling import sample as draw
+
+        path, result = draw(opened(run, device, None), num, sampling, temperature, base, seed, output)
+        _say(f"{path} and {path.with_suffix('.png').name}")
+        if result is not None:
+            d = result.diagnostics
+            _say(f"{d.num_proposals:,} base draws, ESS {float(d.ess.mean()):.1f} on average, {d.seconds:.1f} s")
+
+    def evaluate(
+        run: Positional[Path],
+        evaluation: Annotated[Evaluation, arg(name="")] = _settings_of(argv).evaluation,  # noqa: B008
+        features: str | None = None,
+        seed: int | None = None,
+        device: str = "auto",
+        data_dir: str | None = None,
+    ) -> None:
+        """Measure a run: likelihoods, the prior hole, sample quality, memorisation; writes RUN/evaluation.json.
+
+        Args:
+            run: folder of the run
+            features: feature space for images: folder of a classifier by train-features, or inception:FILE
+            seed: governs all draws (default: the recipe's)
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds data sets
+        """
+        from .runs.evaluation import evaluate as measure
+        from .runs.evaluation import table_of
+
+        _say(table_of(measure(opened(run, device, data_dir), evaluation, features, seed)))
+
+    def reconstruct(run: Positional[Path], num: int = 32, device: str = "auto", data_dir: str | None = None) -> None:
+        """Test examples and what the VAE makes of them, as a picture in RUN/samples.
+
+        Args:
+            run: folder of the run
+            num: how many
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds data sets
+        """
+        from .runs.sampling import reconstruct as draw
+
+        _say(str(draw(opened(run, device, data_dir), num)))
+
+    def interpolate(
+        run: Positional[Path], rows: int = 8, steps: int = 10, device: str = "auto", data_dir: str | None = None
+    ) -> None:
+        """Pictures between pairs of test examples, in RUN/samples.
+
+        Args:
+            run: folder of the run
+            rows: pairs
+            steps: pictures from one to the other
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds data sets
+        """
+        from .runs.sampling import interpolate as draw
+
+        _say(str(draw(opened(run, device, data_dir), rows, steps)))
+
+    def compare(runs: Positional[tuple[Path, ...]]) -> None:
+        """A table of the figures of several evaluated runs.
+
+        Args:
+            runs: their folders
+        """
+        from .runs.evaluation import compare as table
+
+        if not runs:
+            raise ValueError("compare: name the folders of runs that have been evaluated")
+        _say(table(list(runs)))
+
+    def report(run: Positional[Path], device: str = "auto", data_dir: str | None = None) -> None:
+        """Write RUN/report.html: curves, samples, reconstructions, latents, figures, all on one page.
+
+        Args:
+            run: folder of the run
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds data sets
+        """
+        from .runs.reporting import report as write
+
+        _say(str(write(opened(run, device, data_dir))))
+
+    def train_features(
+        data: Positional[str],
+        output: Path | None = None,
+        steps: int = 5000,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        seed: int = 0,
+        device: str = "auto",
+        data_dir: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Train a classifier whose features `evaluate --features` compares images in.
+
+        Args:
+            data: name of a data set with one class per image
+            output: folder for the classifier; features/DATA by default
+            steps: optimiser steps
+            batch_size: of all processes together
+            lr: of Adam
+            seed: governs all randomness
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds data sets
+            progress: show a progress bar
+        """
+        from .runs.features import train_features as fit
+
+        folder = output or Path("features") / data.partition(":")[0]
+        classifier = fit(data, folder, steps, batch_size, lr, seed, device, data_dir, progress)
+        _say(f"{folder}: {classifier.name}")
+
+    def demo(
+        names: Positional[tuple[str, ...]] = ("gaussians", "digits"),
+        output: Path = Path("demo-output"),
+        steps: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        data_dir: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Train a VAE, measure its prior hole, close it with a noise contrastive prior, and write a page about it.
+
+        Args:
+            names: of gaussians, digits, mnist
+            output: folder for the runs; a demo that was interrupted goes on from there
+            steps: of stage one; stage two in proportion
+            seed: governs all randomness
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds mnist
+            progress: show progress bars
+        """
+        from .runs.demo import DEMOS
+        from .runs.demo import demo as show
+
+        for name in names:
+            if name not in DEMOS:
+                raise ValueError(f"demo must be one of {', '.join(DEMOS)}, got {name!r}")
+        if steps is not None and steps < 1:
+            raise ValueError(f"--steps must be ≥ 1, got {steps}")
+        writable(output)
+        for name in names:
+            _say(show(name, output, steps, seed, device, data_dir, progress))
+
+    def bench(seconds: float = 0.3) -> None:
+        """Time every op on this machine against eager torch.
+
+        Args:
+            seconds: of measuring for each case
+        """
+        from .bench import bench as measure
+
+        _say(measure(seconds))
+
+    def info() -> None:
+        """Versions, devices, and which kernels serve each op."""
+        from .info import info as text
+
+        _say(text())
+
+    functions = (train, fit_prior, sample, evaluate, reconstruct, interpolate, compare, report, train_features)
+    return {f.__name__.replace("_", "-"): f for f in (*functions, demo, bench, info)}
+
+
+def _settings_of(argv: Sequence[str]) -> Any:
+    """The recipe of the run that the command line names: the defaults of flags that have its settings."""
+    from .recipes import RECIPES
+    from .runs import open_run
+
+    folders = [Path(word) for word in argv[1:] if (Path(word) / "config.json").is_file()]
+    needed = argv[:1] in (["fit-prior"], ["evaluate"])
+    return open_run(folders[0]).recipe if needed and folders else RECIPES["mnist-mlp"]
+
+
+def _plan(name: str, recipe: Any, folder: Path) -> str:
+    from .runs.training import plan
+
+    planned = plan(recipe)
+    settings = json.dumps(dataclasses.asdict(recipe), indent=2, ensure_ascii=False)
+    lines = [f"recipe {name}, run {folder}", settings, ""]
+    lines += [f"parameters of the {part}: {count:,}" for part, count in planned["parameters"].items()]
+    total = sum(planned["memory"].values())
+    parts = ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in planned["memory"].items())
+    return "\n".join([*lines, f"memory for training, about {total / 2**20:,.0f} MiB a process: {parts}"])
+
+
+def _say(text: str) -> None:
+    """Print in the main process."""
+    from ._distributed import rank
+
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 failure, 2 usage or bad input, 130 interrupted."""
-    from .train import TrainingDiverged
-
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments.command == "demo":
-            _demo(arguments)
-        else:
-            from .info import info
+        import tyro
+    except ImportError:
+        print("ncpvae: the command line needs tyro: pip install 'ncpvae[cli]'", file=sys.stderr)
+        return 2
+    from .train import TrainingDiverged, TrainingInterrupted
 
-            print(info())
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            _commands(argv),
+            prog="ncpvae",
+            description="Noise contrastive priors and contrastive critics for variational autoencoders.",
+            args=argv,
+            config=(tyro.conf.CascadeSubcommandArgs,),
+        )
+    except SystemExit as end:  # tyro's own: help, or usage
+        return int(end.code or 0)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"ncpvae: {error}", file=sys.stderr)
         return 2
     except TrainingDiverged as error:
         print(f"ncpvae: {error}", file=sys.stderr)
         return 1
+    except TrainingInterrupted as error:
+        print(f"ncpvae: {error}\nto go on: {_resuming(argv)}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("ncpvae: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _resuming(argv: Sequence[str]) -> str:
+    """The command line that goes on with the run of this one."""
+    words = _without_resume(argv)
+    return shlex.join(["ncpvae", *words, *([] if words[:1] == ["demo"] else ["--resume", "auto"])])
+
+
+def _without_resume(argv: Sequence[str]) -> list[str]:
+    words = [word for i, word in enumerate(argv) if word != "--resume" and (i == 0 or argv[i - 1] != "--resume")]
+    return [word for word in words if not word.startswith("--resume=")]

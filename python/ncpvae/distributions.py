@@ -22,6 +22,7 @@ from torch.distributions import (
 )
 
 from . import ops
+from .pretrained import Pretrained
 
 
 def diagonal_normal(mean: Tensor, std: Tensor, event_dims: int = 1) -> Independent:
@@ -29,14 +30,14 @@ def diagonal_normal(mean: Tensor, std: Tensor, event_dims: int = 1) -> Independe
     return Independent(Normal(mean, std, validate_args=False), event_dims, validate_args=False)
 
 
-class BernoulliLikelihood(nn.Module):
+class BernoulliLikelihood(Pretrained):
     """p(x|z) for binary x: the decoder's output are logits, one per element of x."""
 
     def forward(self, logits: Tensor, event_dims: int) -> Independent:
         return Independent(Bernoulli(logits=logits, validate_args=False), event_dims, validate_args=False)
 
 
-class BinomialLikelihood(nn.Module):
+class BinomialLikelihood(Pretrained):
     """p(x|z) for counts x in 0 … total_count: the decoder's output are logits, one per element of x."""
 
     def __init__(self, total_count: int):
@@ -49,7 +50,7 @@ class BinomialLikelihood(nn.Module):
         return Independent(Binomial(self.total_count, logits=logits, validate_args=False), event_dims, False)
 
 
-class NormalLikelihood(nn.Module):
+class NormalLikelihood(Pretrained):
     """p(x|z) = N(decoder output, σ²), one σ for all elements, fixed or learned.
 
     Args:

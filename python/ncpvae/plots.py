@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 
@@ -64,10 +63,3 @@ def _figure(panels: int, size: float):
 def _save(figure, path: Path) -> Path:
     figure.savefig(path)
     return path
-
-
-def nearest(queries: Tensor, examples: Tensor) -> Tensor:
-    """For each query [Q, …] the example [N, …] at the smallest Euclidean distance: [Q, …]."""
-    flat = examples.flatten(1).float()
-    index = torch.cat([torch.cdist(q, flat).argmin(1) for q in queries.flatten(1).float().split(256)])
-    return examples[index]

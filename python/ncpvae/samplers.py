@@ -6,15 +6,16 @@ Letters: B rows (independent sets of proposals), M proposals per row, n draws ke
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from . import _random, ops
+from . import _distributed, _random, ops
 from .distributions import normal_parameters
 
 TILE = ops.reference.TILE
@@ -61,6 +62,14 @@ class SampleResult(NamedTuple):
     diagnostics: Diagnostics
 
 
+class Sampler(Protocol):
+    """`SIR`, `Langevin`, or one of your own."""
+
+    def sample(
+        self, distribution: ReweightedDistribution, shape: tuple[int, ...], generator: torch.Generator | None = None
+    ) -> SampleResult: ...
+
+
 def _checked_shape(owner: str, distribution: object, shape: object) -> torch.Size:
     """`shape` as a torch.Size of at least one sample, and a distribution that can be sampled."""
     if not all(hasattr(distribution, name) for name in ("base", "log_ratio", "batch_shape", "event_shape")):
@@ -103,6 +112,11 @@ class SIR:
         max_proposals: … or it has had this many proposals; 100 · num_proposals by default. The diagnostics say which.
         draws_per_row: samples taken from each set of proposals. Above 1, M is shared: cheaper, each sample still
             has the same distribution, but samples of a set are dependent and may repeat.
+        shard_proposals: share the work with the other processes of torch.distributed's default group, if there is
+            one. All W must make the same call, with the same weights and their generators in the same state. Each
+            draws all proposals, gives the classifier every W-th chunk of them, and gets the samples that one process
+            alone would draw. The ratio may not draw random numbers. With `min_ess` the processes meet after every W
+            chunks, otherwise once. For few samples with many proposals; many are better shared by `sample_sharded`.
     """
 
     num_proposals: int = 5000
@@ -110,6 +124,7 @@ class SIR:
     min_ess: float | None = None
     max_proposals: int | None = None
     draws_per_row: int = 1
+    shard_proposals: bool = False
 
     def __post_init__(self) -> None:
         _positive_int("SIR", "num_proposals", self.num_proposals)
@@ -119,6 +134,8 @@ class SIR:
                 _positive_int("SIR", name, getattr(self, name))
         if self.min_ess is not None:
             _number("SIR", "min_ess", self.min_ess, strict=True)
+        if not isinstance(self.shard_proposals, bool):
+            raise TypeError(f"SIR: shard_proposals must be a bool, got {type(self.shard_proposals).__name__}")
         if self.max_proposals is not None and self.min_ess is None:
             raise ValueError(f"SIR: max_proposals is the limit of min_ess and needs it, got {self.max_proposals} alone")
         if self.max_proposals is not None and self.max_proposals < self.num_proposals:
@@ -136,12 +153,17 @@ class SIR:
         """Draw [*shape, *batch, *event] and the diagnostics.
 
         Raises:
-            ValueError: where the log-ratio of a row's proposals is NaN, +inf, or −inf for all of them.
+            ValueError: where the log-ratio of a row's proposals is NaN, +inf, or −inf for all of them; where processes
+                that share proposals differ in settings, shape, generator or base.
+            RuntimeError: where another of these processes fails, with its number and message.
         """
         start = time.perf_counter()
         shape, batch, n = _checked_shape("SIR", distribution, shape), distribution.batch_shape, self.draws_per_row
         sets = -(-shape.numel() // n)  # of proposals, per element of the batch
         per_block = max(1, MAX_ELEMENTS_HELD // (TILE * batch.numel() * distribution.event_shape.numel()))
+        ranks = _distributed.ranks(self.shard_proposals)
+        call = f"{self} for {list(shape)} × {list(batch)} × {list(distribution.event_shape)}"
+        _distributed.check_alike("SIR", ranks.gather({"the call": call}))
         with _random.scoped(generator):
             blocks = [self._block(distribution, min(per_block, sets - i)) for i in range(0, sets, per_block)]
         z = torch.cat([z for z, *_ in blocks])  # [sets, n, *batch, *event]
@@ -158,24 +180,13 @@ class SIR:
     def _block(self, distribution: ReweightedDistribution, sets: int) -> tuple[Tensor, ops.SIRState, str]:
         """`sets` sets of proposals for each element of the batch: z [sets, n, *batch, *event], state, reason."""
         event, n = distribution.event_shape, self.draws_per_row
-        state: ops.SIRState | None = None
         seed = ops.draw_seed()  # before any proposal, so that the chunk size moves no random number
-        for proposals in self._proposals(distribution, sets):  # [m, sets, *batch, *event]
-            log_weights = distribution.log_ratio(proposals).flatten(1).T  # [rows, m]
-            proposals = proposals.reshape(len(proposals), -1, *event)
-            if state is None:
-                seed = seed.to(proposals.device)
-                state = ops.sir_state(log_weights.shape[0], n, proposals.device)
-                z = proposals.new_zeros(log_weights.shape[0], n, *event)
-            first, chosen = state.next_index, state.indices
-            state = ops.sir_update(state, log_weights, seed)
-            row = torch.arange(len(z), device=z.device)[:, None]
-            candidate = proposals[(state.indices - first).clamp_min(0), row]  # [rows, n, *event]
-            changed = (state.indices != chosen).view(len(z), n, *(1,) * len(event))
-            z = torch.where(changed, candidate, z)
-            if self._enough(state):
-                break
-        assert state is not None
+        ranks = _distributed.ranks(self.shard_proposals)
+        chunks = self._proposals(distribution, sets)
+        if ranks.size == 1:
+            state, z = self._streamed(distribution, chunks, seed)
+        else:
+            state, z = self._shared(distribution, chunks, seed, ranks)
         empty = (state.indices < 0).any(1)
         if empty.any():
             first_empty = int(empty.nonzero()[0])
@@ -188,6 +199,69 @@ class SIR:
         if self.min_ess is None:
             return z, state, "num_proposals"
         return z, state, "min_ess" if self._enough(state) else "max_proposals"
+
+    def _streamed(
+        self, distribution: ReweightedDistribution, chunks: Iterator[Tensor], seed: Tensor
+    ) -> tuple[ops.SIRState, Tensor]:
+        """The state after all proposals and the chosen z [rows, n, *event]; a chunk is [m, sets, *batch, *event]."""
+        state: ops.SIRState | None = None
+        for proposals in chunks:
+            if state is None:
+                state, z = self._before(distribution, proposals)
+                seed = seed.to(z.device)
+            state, z = _fold(state, z, proposals, distribution, seed)
+            if self._enough(state):
+                break
+        assert state is not None
+        return state, z
+
+    def _shared(
+        self, distribution: ReweightedDistribution, chunks: Iterator[Tensor], seed: Tensor, ranks: _distributed.Ranks
+    ) -> tuple[ops.SIRState, Tensor]:
+        """`_streamed` by several processes, in rounds after which the processes' states are merged.
+
+        A round is all chunks. With `min_ess` it is W chunks, one for each process, and the states are merged in the
+        order of the chunks with a look at the ESS after each, so that the sampling ends where one process would end
+        it; what was drawn beyond that is taken back from the generators.
+        """
+        state: ops.SIRState | None = None
+        enough = False
+        while not enough:
+            share: ops.SIRState | None = None
+            random_states = []
+            with ranks.failing_together("SIR"):
+                for number, proposals in enumerate(islice(chunks, None if self.min_ess is None else ranks.size)):
+                    if state is None:
+                        state, z = self._before(distribution, proposals)
+                        held, seed = state.indices, seed.to(z.device)  # held: numbers of the proposals in z
+                    if share is None:
+                        share, candidate = self._before(distribution, proposals)
+                        share = share._replace(next_index=state.next_index, next_tile=state.next_tile)
+                    if number % ranks.size == ranks.rank:
+                        share, candidate = _fold(share, candidate, proposals, distribution, seed)
+                    else:
+                        share = skip_proposals(share, len(proposals))
+                    if self.min_ess is not None:
+                        random_states.append(_random_state(z.device))
+            if share is None:
+                break  # no proposals are left; all processes come here at once, having drawn the same ones
+            assert state is not None
+            drawn = {"the generator's draw": seed.tolist(), "the base": _distributed.fingerprint(proposals[-1])}
+            for number, part in enumerate(gather_states("SIR", ranks, share, drawn)):
+                state = ops.sir_merge(state, part)
+                enough = self._enough(state)
+                if enough:
+                    _restore(random_states[number], z.device)
+                    break
+            won = state.indices == share.indices
+            held, z = torch.where(won, share.indices, held), torch.where(_like(won, z), candidate, z)
+        assert state is not None
+        return state, ranks.combine(torch.where(_like(state.indices == held, z), z, 0))
+
+    def _before(self, distribution: ReweightedDistribution, proposals: Tensor) -> tuple[ops.SIRState, Tensor]:
+        """The state before any proposal, for chunks such as `proposals`, and room for the chosen z."""
+        rows, n = proposals[0].numel() // distribution.event_shape.numel(), self.draws_per_row
+        return ops.sir_state(rows, n, proposals.device), proposals.new_zeros(rows, n, *distribution.event_shape)
 
     def _enough(self, state: ops.SIRState) -> bool:
         """Whether `min_ess` is reached; it is looked at, which waits for the device, only where it is asked for."""
@@ -203,6 +277,55 @@ class SIR:
             stop = min(start + chunk, limit)
             pieces = [min(TILE, stop - i) for i in range(start, stop, TILE)]
             yield torch.cat([distribution.base.sample((m, sets)) for m in pieces])
+
+
+def _fold(
+    state: ops.SIRState, z: Tensor, proposals: Tensor, distribution: ReweightedDistribution, seed: Tensor
+) -> tuple[ops.SIRState, Tensor]:
+    """The state and the chosen z [rows, n, *event] after a further chunk of proposals [m, sets, *batch, *event]."""
+    log_weights = distribution.log_ratio(proposals).flatten(1).T  # [rows, m]
+    proposals = proposals.reshape(len(proposals), len(z), *z.shape[2:])
+    first, chosen = state.next_index, state.indices
+    state = ops.sir_update(state, log_weights, seed)
+    row = torch.arange(len(z), device=z.device)[:, None]
+    candidate = proposals[(state.indices - first).clamp_min(0), row]  # [rows, n, *event]
+    return state, torch.where(_like(state.indices != chosen, z), candidate, z)
+
+
+def _like(mask: Tensor, z: Tensor) -> Tensor:
+    """A mask [rows, n] that broadcasts against z [rows, n, *event]."""
+    return mask.view(*mask.shape, *(1,) * (z.dim() - 2))
+
+
+def skip_proposals(state: ops.SIRState, count: int) -> ops.SIRState:
+    """The state with the numbers of the next `count` proposals, one chunk, left to another process."""
+    tiles = -(-count // TILE)
+    return state._replace(next_index=state.next_index + count, next_tile=state.next_tile + tiles)
+
+
+def gather_states(
+    owner: str, ranks: _distributed.Ranks, state: ops.SIRState, drawn: Mapping[str, object]
+) -> list[ops.SIRState]:
+    """Every rank's state, in order of rank, on the device of `state`; `drawn` is what they must have in common."""
+
+    def on(device: torch.device | str, state: ops.SIRState) -> ops.SIRState:
+        return ops.SIRState._make((*(field.to(device) for field in state[:5]), *state[5:]))
+
+    parts = ranks.gather((drawn, on("cpu", state)))
+    _distributed.check_alike(owner, [drawn for drawn, _ in parts])
+    return [on(state.key.device, part) for _, part in parts]
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The state of torch's global generators for the CPU and for `device`."""
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
+
+
+def _restore(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], device)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .distributions import diagonal_normal
 from .nn import mlp
+from .pretrained import Pretrained
 
 
 class VAEOutput(NamedTuple):
@@ -26,7 +27,7 @@ class VAEOutput(NamedTuple):
     z: Tensor  # [B, D], a reparameterised draw from the posterior
 
 
-class VAE(nn.Module):
+class VAE(Pretrained):
     """A variational autoencoder from any encoder, decoder, likelihood and prior.
 
     Args:
@@ -62,7 +63,7 @@ class VAE(nn.Module):
         return VAEOutput(self.decode(z), posterior, self.prior_distribution(), z)
 
 
-class GaussianEncoder(nn.Module):
+class GaussianEncoder(Pretrained):
     """q(z|x) = N(μ(x), diag σ(x)²) from a network that gives 2D numbers per example.
 
     Args:
@@ -115,7 +116,7 @@ class MLPEncoder(GaussianEncoder):
         super().__init__(network, **options)
 
 
-class MLPDecoder(nn.Sequential):
+class MLPDecoder(nn.Sequential, Pretrained):
     """Fully connected decoder: z [B, D] → [B, *out_shape].
 
     Args:
@@ -159,7 +160,7 @@ class ConvEncoder(GaussianEncoder):
         super().__init__(network, **options)
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(Pretrained):
     """A linear layer to a small feature map, then transposed convolutions, BatchNorm and ReLU.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .. import _random
+from .. import _distributed, _random
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def importance_weighted_nll(
     transform: Callable[[Tensor], Tensor] | None = None,
     seed: int | None = 0,
     device: torch.device | str | None = None,
+    distributed: bool = False,
 ) -> dict[str, Likelihood]:
     """−log p(x) ≤ −E[ log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x) ], z_s ~ q(z|x), for one or more priors at once.
 
@@ -55,10 +56,17 @@ def importance_weighted_nll(
         max_rows: rows z given to the decoder at once; memory depends on it and not on N or S.
         transform: applied to each chunk of data once, binarisation for example; conversion to float32 by default.
         device: where the chunks of data go first; where they are by default.
-        seed: governs all randomness, torch's global generators being left as they were; None uses those.
+        seed: governs all randomness, torch's global generators being left as they were; None uses those. What a chunk
+            of data draws depends on the seed and the chunk's number alone.
+        distributed: share the chunks of data with the other processes of torch.distributed's default group, if there
+            is one. All must make the same call, on all the data, and get the figures that one process would get.
 
     Returns:
         For each name a `Likelihood`.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is off, or that differs between the processes.
+        RuntimeError: where another of the processes fails, with its number and message.
 
     Source: Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders", ICLR 2016.
     """
@@ -72,31 +80,61 @@ def importance_weighted_nll(
         raise ValueError(
             f"importance_weighted_nll: num_samples and max_rows must be ≥ 1, got {num_samples}, {max_rows}"
         )
+    if seed is not None:
+        _distributed.check_seed("importance_weighted_nll", seed)
+    elif distributed:
+        raise ValueError("importance_weighted_nll: seed must be an integer where distributed, got None")
     transform = transform or (lambda x: x.float())
     at_once = min(num_samples, max_rows)
-    examples: dict[str, list[Tensor]] = {name: [] for name in log_priors}
-    with _random.scoped(seed):
-        for chunk in data.split(max(1, max_rows // at_once)):
-            x = transform(chunk if device is None else chunk.to(device))
-            posterior = encode(x)
-            if not isinstance(posterior, Distribution) or posterior.batch_shape != x.shape[:1]:
-                got = tuple(posterior.batch_shape) if isinstance(posterior, Distribution) else type(posterior).__name__
-                raise ValueError(f"importance_weighted_nll: encode must return q(z|x) with batch [{len(x)}], got {got}")
-            running = {name: torch.full((len(x),), -math.inf, device=x.device) for name in log_priors}
-            for start in range(0, num_samples, at_once):
-                z = posterior.sample((min(at_once, num_samples - start),))
-                shared = decode(z).log_prob(x) - posterior.log_prob(z)
-                if shared.shape != (len(z), len(x)):
-                    raise ValueError(
-                        f"importance_weighted_nll: decode must return p(x|z) with batch {(len(z), len(x))}, "
-                        f"got log-likelihoods of shape {tuple(shared.shape)}"
-                    )
-                for name, log_prior in log_priors.items():
-                    running[name] = torch.logaddexp(running[name], (shared + log_prior(z)).logsumexp(0))
-            for name, log_sum in running.items():
-                examples[name].append(math.log(num_samples) - log_sum)
+    chunks = data.split(max(1, max_rows // at_once))
+    ranks = _distributed.ranks(distributed)
+    if ranks.size > 1:
+        ends = _distributed.fingerprint(torch.cat([data[:1], data[-1:]]))
+        call: dict[str, object] = {"data": f"{list(data.shape)} with ends {ends}", "log_priors": list(log_priors)}
+        call |= {"num_samples": num_samples, "max_rows": max_rows, "seed": seed}
+        _distributed.check_alike("importance_weighted_nll", ranks.gather(call))
+    mine: dict[int, dict[str, Tensor]] = {}
+    home = torch.device(data.device if device is None else device)
+    with ranks.failing_together("importance_weighted_nll"):
+        for number in ranks.mine(len(chunks)):
+            with _random.scoped(None if seed is None else _distributed.block_seed(seed, number)):
+                x = transform(chunks[number] if device is None else chunks[number].to(device))
+                values = _chunk_nll(x, encode, decode, log_priors, num_samples, at_once)
+            home = x.device
+            mine[number] = values if ranks.size == 1 else {name: value.cpu() for name, value in values.items()}
+    every = {number: values for part in ranks.gather(mine) for number, values in part.items()}
     protocol = f"importance-weighted bound, {num_samples} draws per example, {len(data)} examples"
-    return {name: _summary(torch.cat(values), protocol) for name, values in examples.items()}
+    return {
+        name: _summary(torch.cat([every[number][name].to(home) for number in range(len(chunks))]), protocol)
+        for name in log_priors
+    }
+
+
+def _chunk_nll(
+    x: Tensor,
+    encode: Callable[[Tensor], Distribution],
+    decode: Callable[[Tensor], Distribution],
+    log_priors: Mapping[str, Callable[[Tensor], Tensor]],
+    num_samples: int,
+    at_once: int,
+) -> dict[str, Tensor]:
+    """The bound on −log p(x) under each prior, [B] nats, for a chunk x [B, …]; `at_once` draws z are held at a time."""
+    posterior = encode(x)
+    if not isinstance(posterior, Distribution) or posterior.batch_shape != x.shape[:1]:
+        got = tuple(posterior.batch_shape) if isinstance(posterior, Distribution) else type(posterior).__name__
+        raise ValueError(f"importance_weighted_nll: encode must return q(z|x) with batch [{len(x)}], got {got}")
+    running = {name: torch.full((len(x),), -math.inf, device=x.device) for name in log_priors}
+    for start in range(0, num_samples, at_once):
+        z = posterior.sample((min(at_once, num_samples - start),))
+        shared = decode(z).log_prob(x) - posterior.log_prob(z)
+        if shared.shape != (len(z), len(x)):
+            raise ValueError(
+                f"importance_weighted_nll: decode must return p(x|z) with batch {(len(z), len(x))}, "
+                f"got log-likelihoods of shape {tuple(shared.shape)}"
+            )
+        for name, log_prior in log_priors.items():
+            running[name] = torch.logaddexp(running[name], (shared + log_prior(z)).logsumexp(0))
+    return {name: math.log(num_samples) - log_sum for name, log_sum in running.items()}
 
 
 def _summary(per_example: Tensor, protocol: str) -> Likelihood:

@@ -1,13 +1,14 @@
 """A mixture of Gaussians, fitted to codes by expectation-maximisation."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal
 
 from ..distributions import DiagonalMixture
+from ..pretrained import Pretrained
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(Pretrained):
     """Σ_k w_k N(z; mean_k, covariance_k) over z [..., D].
 
     Args:

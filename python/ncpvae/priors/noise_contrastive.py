@@ -4,15 +4,17 @@ A classifier told draws of the aggregate posterior q(z) from draws of the base p
 """
 
 import math
+from functools import reduce
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from .. import _random, ops
+from .. import _distributed, _random, ops
 from ..distributions import temper
-from ..samplers import SIR, TILE, Langevin
+from ..pretrained import Pretrained
+from ..samplers import SIR, TILE, Langevin, gather_states, skip_proposals
 
 ROWS_AT_ONCE = 1 << 14  # z given to the classifier at a time where no gradient is kept …
 ELEMENTS_AT_ONCE = 1 << 22  # … and fewer where they are large
@@ -133,29 +135,44 @@ class NoiseContrastive(Distribution):
 
     @torch.no_grad()
     def estimate_log_normalizer(
-        self, num_samples: int = 100_000, generator: torch.Generator | None = None
+        self, num_samples: int = 100_000, generator: torch.Generator | None = None, distributed: bool = False
     ) -> LogNormalizer:
         """Estimate log Z = log E_p[r] by base draws, streamed, and keep it in this object for `log_prob`.
 
         Args:
             num_samples: base draws, ≥ 2. Memory does not depend on it.
             generator: governs the draws.
+            distributed: share the classifier's work with the other processes of torch.distributed's default group, if
+                there is one. All must make the same call with their generators in the same state; all get the
+                estimate that one process would get, to rounding.
 
         Raises:
-            ValueError: for a distribution with a context, each of which has a Z of its own; for a ratio that is NaN.
+            ValueError: for a distribution with a context, each of which has a Z of its own; for a ratio that is NaN;
+                for processes that differ in num_samples, generator or base.
+            RuntimeError: where another of the processes fails, with its number and message.
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 2:
             raise ValueError(f"estimate_log_normalizer: num_samples must be an integer ≥ 2, got {num_samples!r}")
         if self.batch_shape or self.context is not None:
             raise ValueError(f"estimate_log_normalizer: the base must have no batch, got {tuple(self.batch_shape)}")
-        state = None
-        with _random.scoped(generator):
-            for start in range(0, num_samples, 16 * TILE):
-                log_r = self.log_ratio(self.base.sample((min(16 * TILE, num_samples - start),)))[None]
+        state, ranks = None, _distributed.ranks(distributed)
+        with _random.scoped(generator), ranks.failing_together("estimate_log_normalizer"):
+            for number, start in enumerate(range(0, num_samples, 16 * TILE)):
+                z = self.base.sample((min(16 * TILE, num_samples - start),))
                 if state is None:
-                    state, seed = ops.sir_state(1, device=log_r.device), ops.draw_seed(log_r.device)
-                state = ops.sir_update(state, log_r, seed)
+                    state, seed = ops.sir_state(1, device=z.device), ops.draw_seed(z.device)
+                if number % ranks.size == ranks.rank:
+                    state = ops.sir_update(state, self.log_ratio(z)[None], seed)
+                else:
+                    state = skip_proposals(state, len(z))
         assert state is not None
+        if ranks.size > 1:
+            drawn = {
+                "num_samples": num_samples,
+                "the generator's draw": seed.tolist(),
+                "the base": _distributed.fingerprint(z[-1]),
+            }
+            state = reduce(ops.sir_merge, gather_states("estimate_log_normalizer", ranks, state, drawn))
         value, ess = float(state.log_mean_weight), float(state.ess)
         if not math.isfinite(value):
             raise ValueError(f"estimate_log_normalizer: log_ratio must be finite at base draws, got log Z = {value}")
@@ -216,7 +233,7 @@ class NoiseContrastive(Distribution):
         return sampler.sample(self.tempered(temperature), sample_shape, generator).z
 
 
-class NoiseContrastivePrior(nn.Module):
+class NoiseContrastivePrior(Pretrained):
     """A base prior and the classifier that mends it; `forward(context)` returns the `NoiseContrastive` distribution.
 
     The methods below are the distribution's, for a prior without context; see there for what they return.
@@ -224,6 +241,9 @@ class NoiseContrastivePrior(nn.Module):
     Args:
         base: p(z): a Distribution, or a module whose forward(context) returns one.
         classifier: module (z, context=None) → log r, from `ncpvae.classifiers` or your own.
+
+    Attributes:
+        log_normalizer: the last estimate of log Z, a `LogNormalizer`; None where there is none.
 
     Example:
         >>> prior = NoiseContrastivePrior(Normal(8), MLPClassifier(8, hidden=(64, 64)))
@@ -235,7 +255,6 @@ class NoiseContrastivePrior(nn.Module):
     """
 
     base: nn.Module | Distribution
-    log_normalizer: Tensor
 
     def __init__(self, base: nn.Module | Distribution, classifier: nn.Module):
         super().__init__()
@@ -246,31 +265,42 @@ class NoiseContrastivePrior(nn.Module):
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"NoiseContrastivePrior: classifier must be a module, got {type(classifier).__name__}")
         self.base, self.classifier = base, classifier.eval()  # BatchNorm is for training alone
-        self.register_buffer("log_normalizer", torch.tensor(math.nan, dtype=torch.float64))
+        self.log_normalizer: LogNormalizer | None = None
 
     def base_distribution(self, context: Tensor | None = None) -> Distribution:
         """p(z), or p(z | context)."""
         return self.base if isinstance(self.base, Distribution) else self.base(context)
 
     def forward(self, context: Tensor | None = None) -> NoiseContrastive:
-        known = context is None and not self.log_normalizer.isnan()
-        log_normalizer = float(self.log_normalizer) if known else None
+        known = self.log_normalizer if context is None else None
+        log_normalizer = None if known is None else known.value
         return NoiseContrastive(self.base_distribution(context), self.classifier, context, log_normalizer)
 
     def estimate_log_normalizer(
-        self, num_samples: int = 100_000, generator: torch.Generator | None = None
+        self, num_samples: int = 100_000, generator: torch.Generator | None = None, distributed: bool = False
     ) -> LogNormalizer:
         """Estimate log Z and keep it with the module's state.
 
         `fit_ncp` forgets it; after any other change of base or classifier call `forget_log_normalizer`.
         """
-        estimate = self.forward().estimate_log_normalizer(num_samples, generator)
-        self.log_normalizer.fill_(estimate.value)
-        return estimate
+        self.log_normalizer = self.forward().estimate_log_normalizer(num_samples, generator, distributed)
+        return self.log_normalizer
 
     def forget_log_normalizer(self) -> None:
         """Mark log Z as unknown, because the base or the classifier has changed."""
-        self.log_normalizer.fill_(math.nan)
+        self.log_normalizer = None
+
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` holds of log Z: its value, standard error, ESS and number of draws, NaN where unknown.
+
+        No buffer, since it must stay float64 and on the CPU wherever the module goes.
+        """
+        return torch.tensor(self.log_normalizer or [math.nan] * 4, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        value, standard_error, ess, num_samples = state.tolist()
+        unknown = math.isnan(value)
+        self.log_normalizer = None if unknown else LogNormalizer(value, standard_error, ess, int(num_samples))
 
     def log_ratio(self, z: Tensor) -> Tensor:
         return self.forward().log_ratio(z)

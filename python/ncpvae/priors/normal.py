@@ -5,9 +5,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..distributions import diagonal_normal
+from ..pretrained import Pretrained
 
 
-class Normal(nn.Module):
+class Normal(Pretrained):
     """N(mean, diag(std)²) over z of any shape; N(0, I) unless given otherwise.
 
     Args:
@@ -44,12 +45,22 @@ class Normal(nn.Module):
         return diagonal_normal(self.mean, self.log_std.exp(), self.mean.dim())
 
     @classmethod
-    def fit(cls, codes: Tensor) -> "Normal":
-        """The Normal with the mean and standard deviation of `codes` [N, …], coordinate by coordinate."""
+    def fit(cls, codes: Tensor, per: str = "coordinate") -> "Normal":
+        """The Normal with the mean and standard deviation of `codes`.
+
+        Args:
+            codes: [N, D], or feature maps [N, C, H, W] and the like.
+            per: "coordinate": a mean and a standard deviation for each; "channel": for each of the C, over all N and
+                all positions, which few feature maps suffice for. The same where codes are [N, D].
+        """
         if not isinstance(codes, Tensor) or not codes.is_floating_point():
             raise TypeError(
                 f"Normal.fit: codes must be a floating-point tensor, got {getattr(codes, 'dtype', type(codes))}"
             )
         if codes.dim() < 2 or len(codes) < 2:
             raise ValueError(f"Normal.fit: codes must be [N, …] with N ≥ 2, got shape {tuple(codes.shape)}")
-        return cls(tuple(codes.shape[1:]), codes.mean(0), codes.std(0).clamp_min(1e-6))
+        if per not in ("coordinate", "channel"):
+            raise ValueError(f"Normal.fit: per must be 'coordinate' or 'channel', got {per!r}")
+        over = (0,) if per == "coordinate" else (0, *range(2, codes.dim()))
+        std, mean = torch.std_mean(codes, over, keepdim=True)
+        return cls(tuple(codes.shape[1:]), mean[0], std[0].clamp_min(1e-6))

@@ -1,26 +1,41 @@
 """The one training loop: a loss function and its batches; everything else is here once.
 
-A loss function maps a batch to named terms, tensors without dimensions; the first is what is minimised.
+A loss function maps a batch to named terms, tensors without dimensions; the first is what is minimised. Devices,
+mixed precision, several processes and the resume state are accelerate's.
+
+*Randomness belongs to the position, not to the process.* A step's batch is cut into shards, one for each process and
+accumulation step, and every shard draws from generators seeded by (seed, step, shard). So a run that is killed and
+resumed goes on exactly, and two processes do what one process with twice the gradient accumulation does.
 """
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .. import _random
+from .._distributed import ranks
+from . import checkpoint
+from .batches import VALIDATION, num_rows, shard_of
+from .execution import Execution, check_count, check_positive, own_accelerator
+from .interrupt import StopRequest, TrainingInterrupted, catch_signals
+from .log import Means, MetricsLog
 
-CHECK_EVERY = 50  # steps between looks at the losses: one device synchronisation each
+Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+Schedule = str | Callable[[int], float]
 
 
 class TrainingDiverged(FloatingPointError):
-    """A loss term became NaN or infinite; the message names the step and the term."""
+    """A loss term became NaN or infinite; the message names the step, the term and the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class TrainResult:
 
     Attributes:
         steps: optimiser steps taken.
-        seconds: wall-clock time.
+        seconds: wall-clock time, that before a resume included.
         history: one dict per evaluation: `step`, the training terms averaged since the last one, and the
             held-out terms as `validation_<name>`.
         best_step: the step whose weights the model now has.
@@ -43,26 +58,10 @@ class TrainResult:
     stopped_early: bool
 
 
-def minibatches(num_examples: int, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Tensor]:
-    """Endless batches of indices; batch `step` is a pure function of (seed, step).
-
-    Every epoch is a fresh permutation, and its incomplete last batch is dropped (kept when it is the only one).
-    """
-    check_count("batch_size", batch_size)
-    batch_size = min(batch_size, num_examples)
-    per_epoch = num_examples // batch_size
-    epoch, first = divmod(start_step, per_epoch)
-    while True:
-        order = torch.randperm(
-            num_examples, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        )
-        for i in range(first, per_epoch):
-            yield order[i * batch_size : (i + 1) * batch_size]
-        epoch, first = epoch + 1, 0
-
-
-def learning_rate_factor(schedule: str, steps: int) -> Callable[[int], float]:
+def learning_rate_factor(schedule: Schedule, steps: int) -> Callable[[int], float]:
     """Multiplier of the learning rate at each step: "constant", or "cosine" to zero (Loshchilov, Hutter, 2017)."""
+    if callable(schedule):
+        return schedule
     if schedule == "constant":
         return lambda step: 1.0
     if schedule == "cosine":
@@ -73,116 +72,369 @@ def learning_rate_factor(schedule: str, steps: int) -> Callable[[int], float]:
 def train(
     model: nn.Module,
     loss: Callable[[Any], dict[str, Tensor]],
-    batches: Iterable[Any],
+    batches: Batches,
     *,
     steps: int,
     lr: float,
-    schedule: str = "cosine",
+    schedule: Schedule = "cosine",
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     validate: Callable[[], dict[str, float]] | None = None,
     validate_every: int | None = None,
     patience: int | None = None,
     seed: int = 0,
+    execution: Execution | None = None,
+    folder: Path | None = None,
+    resume: str | Path = "never",
+    settings: dict[str, Any] | None = None,
+    hooks: Sequence[Callable[[dict[str, float]], None]] = (),
     progress: bool = True,
     description: str = "training",
 ) -> TrainResult:
-    """Minimise the loss with Adam over the model's parameters that require gradients.
+    """Minimise the loss over the model's parameters that require gradients, where the model is.
+
+    Started by `torchrun` or `accelerate launch`, every process calls this with the same arguments; each works on its
+    share of every batch, and gradients, logged terms and decisions are those of the whole.
 
     Args:
         model: trained in place; in train mode during steps, eval mode during `validate` and afterwards.
-        loss: batch → named 0-dimensional terms, the first one minimised.
-        batches: at least `steps` of them.
-        steps, lr, schedule: Adam's.
-        validate: called without gradients; its first value is compared, lower being better, and the weights with
-            the lowest are the ones the model ends with.
+        loss: batch → named 0-dimensional terms, means over the batch, the first one minimised. It is called with
+            shards of a batch; its randomness comes from torch's global generators.
+        batches: at least `steps` of them: tensors, or tuples, lists and dicts of tensors, whose rows are shared out
+            among processes. A function from the step to start at spares a resumed run the ones before.
+        steps: optimiser steps.
+        lr, schedule: of Adam, or of the optimiser that follows; the schedule is "cosine", "constant", or a function
+            from the step, counted from 0, to a factor.
+        optimizer: parameters → optimiser; Adam by default. The learning rates it sets are those the schedule scales.
+        validate: called without gradients, with the same seed every time; its first value is compared, lower being
+            better, and the weights with the lowest are the ones the model ends with.
         validate_every: steps between validations; 20 validations over the run by default.
         patience: stop after this many validations without improvement.
         seed: governs all randomness of the loss; torch's global generators are left as they were.
+        execution: precision, accumulation, averaging, checkpoints.
+        folder: of the run, for `metrics.jsonl` and `checkpoints/`; nothing is written without it.
+        resume: "never" refuses a folder that has checkpoints; "auto" goes on from the newest where there is one; a
+            path goes on from that one.
+        settings: JSON-able; a checkpoint with other settings is refused.
+        hooks: functions called with the record of every validation, in the main process.
         progress: show a progress bar.
         description: its label.
 
     Raises:
         TrainingDiverged: naming step and term, when one is NaN or infinite.
+        TrainingInterrupted: after SIGINT or SIGTERM, once the state is saved; runs without a folder have the usual
+            KeyboardInterrupt.
+        CheckpointError: where a checkpoint cannot be gone on from.
     """
+    execution = execution or Execution()
     check_count("steps", steps)
     for name, optional in (("validate_every", validate_every), ("patience", patience)):
         if optional is not None:
             check_count(name, optional)
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr must be finite and > 0, got {lr!r}")
+    check_positive("lr", lr)
     check_count("seed", seed, minimum=0, below=1 << 62)
-    progress = progress and os.environ.get("RANK", "0") == "0"  # torchrun's rank
+    if folder is None and resume != "never":
+        raise ValueError(f"resume needs the folder of the run, got {str(resume)!r} without one")
+    factor = learning_rate_factor(schedule, steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(schedule, steps))
-    validate_every = validate_every or max(1, steps // 20)
-    start = time.perf_counter()
-    history: list[dict[str, float]] = []
-    best_value, best_step = math.inf, 0
-    best_weights: dict[str, Tensor] | None = None
-    pending: list[dict[str, Tensor]] = []
-    window: list[dict[str, float]] = []
-    stale, step = 0, 0
-    model.train()
-    try:
-        with _random.scoped(seed), tqdm(total=steps, desc=description, disable=not progress, leave=False) as bar:
-            for step, batch in zip(range(1, steps + 1), batches, strict=False):
-                terms = loss(batch)
-                optimizer.zero_grad(set_to_none=True)
-                next(iter(terms.values())).backward()
-                optimizer.step()
-                scheduler.step()
-                pending.append({name: term.detach() for name, term in terms.items()})
-                validating = step % validate_every == 0 or step == steps
-                if step % CHECK_EVERY == 0 or validating:
-                    window += _collect(pending, step)
-                    bar.update(len(pending))
-                    bar.set_postfix({name: f"{value:.4g}" for name, value in window[-1].items()}, refresh=False)
-                    pending.clear()
-                if not validating:
-                    continue
-                record = {"step": step} | {k: sum(w[k] for w in window) / len(window) for k in window[0]}
-                window.clear()
-                if validate is not None:
-                    model.eval()
-                    with torch.no_grad():
-                        held_out = validate()
-                    model.train()
-                    record |= {f"validation_{name}": value for name, value in held_out.items()}
-                    value = next(iter(held_out.values()))
-                    if not math.isfinite(value):
-                        raise TrainingDiverged(
-                            f"{description}: validation {next(iter(held_out))} is {value} at step {step}"
-                        )
-                    stale += 1
-                    if value < best_value:
-                        stale, best_value, best_step = 0, value, step
-                        best_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-                history.append(record)
-                if patience is not None and stale >= patience:
-                    break
-    finally:  # also after a failure the model is left usable, with the best weights there were
-        if best_weights is not None:
-            model.load_state_dict(best_weights)
-        model.eval()
-    best_step = step if best_weights is None else best_step
-    return TrainResult(step, time.perf_counter() - start, history, best_step, step < steps)
+    adam = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters)
+    known = {"seed": seed, "steps": steps, "lr": lr, **(settings or {})}
+    known |= {} if callable(schedule) else {"schedule": schedule}
+    cpu = all(p.device.type == "cpu" for p in parameters)
+    with _random.scoped(seed), own_accelerator(execution, folder, cpu) as accelerator:
+        loop = _Loop(model, loss, adam, factor, accelerator, execution, folder, steps, seed, known)
+        loop.validate, loop.patience = validate, patience
+        loop.validate_every = validate_every or max(1, steps // 20)
+        loop.hooks, loop.progress, loop.description = hooks, progress, description
+        try:
+            loop.resume(resume)
+            loop.run(batches)
+            loop.agree_on_buffers()
+        finally:  # also after a failure the model is left usable, with the best weights there were
+            loop.leave_best_weights()
+    s = loop.state
+    best_step = s["best_step"] if loop.best_weights is not None else s["step"]
+    return TrainResult(s["step"], s["seconds"], s["history"], best_step, s["step"] < steps)
 
 
-def check_count(name: str, value: object, minimum: int = 1, below: float = math.inf) -> None:
-    """`value` is an integer from `minimum` on, `below` a limit."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not minimum <= value < below:
-        limit = "" if below == math.inf else f" and < {below}"
-        raise ValueError(f"{name} must be ≥ {minimum}{limit}, got {value}")
+class _LossModule(nn.Module):
+    """The loss as a module that holds the model: what DDP, FSDP, autocast and torch.compile wrap."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], dict[str, Tensor]]):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return self.loss(batch)
 
 
-def _collect(pending: list[dict[str, Tensor]], last_step: int) -> list[dict[str, float]]:
-    """The pending terms as numbers, fetched in one transfer; raises at the first that is not finite."""
-    names = list(pending[0])
-    values = torch.stack([terms[name].double() for terms in pending for name in names]).view(-1, len(names)).tolist()
-    for row, step in zip(values, range(last_step - len(values) + 1, last_step + 1), strict=True):
-        for name, value in zip(names, row, strict=True):
-            if not math.isfinite(value):
-                raise TrainingDiverged(f"training stopped at step {step}: loss term '{name}' is {value}")
-    return [dict(zip(names, row, strict=True)) for row in values]
+class _Loop:
+    """A training run: its moving parts, and `state`, all that a checkpoint keeps of it beside weights."""
+
+    validate: Callable[[], dict[str, float]] | None
+    patience: int | None
+    validate_every: int
+    hooks: Sequence[Callable[[dict[str, float]], None]]
+    progress: bool
+    description: str
+
+    def __init__(self, model, loss, optimizer, factor, accelerator, execution, folder, steps, seed, settings):
+        self.model, self.factor, self.accelerator, self.execution = model, factor, accelerator, execution
+        self.folder, self.steps, self.seed, self.settings = folder, steps, seed, settings
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.module, self.optimizer = accelerator.prepare(_LossModule(model, loss), optimizer)
+        self.ema: AveragedModel | None = None
+        if execution.ema_decay is not None:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(execution.ema_decay))
+        self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "best_value": None, "best_step": 0, "stale": 0}
+        self.state["history"] = []
+        self.best_weights: dict[str, Tensor] | None = None
+        self.since_validation, self.since_log = Means(), Means()
+        self.last_checkpoint: Path | None = None
+        self.rows, self.looked_at = 0, time.perf_counter()
+
+    @property
+    def shards(self) -> int:
+        return self.accelerator.num_processes * self.execution.gradient_accumulation
+
+    # --- the way to the first step ---------------------------------------------------------------------------------
+
+    def resume(self, resume: str | Path) -> None:
+        """Load the state that `resume` asks for, and open the log at its step."""
+        if self.folder is not None:
+            found = checkpoint.checkpoints_in(self.folder / "checkpoints")
+            if resume == "never" and found:
+                raise checkpoint.CheckpointError(
+                    f"{self.folder} has checkpoints of an earlier run: resume it with 'auto', or take an empty folder"
+                )
+            path = found[-1] if found else None
+            if resume not in ("never", "auto"):
+                path = Path(resume)
+            if path is not None:
+                self._load(path)
+        main = self.accelerator.is_main_process
+        self.log = MetricsLog(self.folder if main else None, self.state["step"])
+
+    def _load(self, path: Path) -> None:
+        expected = self.settings | {"shards": self.shards}
+        step, state, tensors = checkpoint.load(path, self.accelerator, self.module, self.optimizer, expected)
+        try:
+            self.since_validation, self.since_log = Means(**state["since_validation"]), Means(**state["since_log"])
+            self.state = {key: state[key] for key in self.state} | {"step": step}
+            self.best_weights = tensors.get("best")
+            if self.ema is not None:
+                self.ema.load_state_dict(tensors["ema"])
+            if self.best_weights is not None:
+                self._check_best(path)
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise checkpoint.CheckpointError(
+                f"checkpoint {path} does not hold what this run needs ({type(error).__name__}): {reason}"
+            ) from error
+        self.last_checkpoint = path
+
+    def _check_best(self, path: Path) -> None:
+        assert self.best_weights is not None
+        own = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        if own != {name: tensor.shape for name, tensor in self.best_weights.items()}:
+            raise checkpoint.CheckpointError(f"{path / 'best.safetensors'} does not hold the weights of this model")
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def run(self, batches: Batches) -> None:
+        begun, start = time.perf_counter() - self.state["seconds"], self.state["step"]
+        if start == self.steps or self._out_of_patience():
+            return
+        stream = batches(start) if callable(batches) else islice(batches, start, None)
+        hidden = not (self.progress and self.accelerator.is_main_process)
+        pending: list[dict[str, Tensor]] = []
+        self.model.train()
+        self.looked_at = time.perf_counter()
+        with (
+            catch_signals(self.folder is not None) as stop,
+            tqdm(total=self.steps, initial=start, desc=self.description, disable=hidden, leave=False) as bar,
+        ):
+            for step, batch in zip(range(start + 1, self.steps + 1), stream, strict=False):
+                pending.append(self._step(step, batch))
+                self.state["step"], self.state["seconds"] = step, time.perf_counter() - begun
+                validating = step % self.validate_every == 0 or step == self.steps
+                saving = self.folder is not None and (step % self._checkpoint_every == 0 or step == self.steps)
+                regular = step % self.execution.check_every == 0 or validating or saving
+                stopping = self._stopping(stop, regular)
+                if regular or stopping:
+                    self._look_at(pending, bar)
+                if validating:
+                    self._validate()
+                done = self._out_of_patience()
+                if saving or stopping or (done and self.folder is not None):
+                    self._save()
+                if stopping:
+                    raise TrainingInterrupted(
+                        f"{self.description} stopped by {stop.signal_name or 'a signal'} after step {step} of "
+                        f"{self.steps}; saved in {self.last_checkpoint}"
+                    )
+                if done:
+                    return
+        if self.state["step"] < self.steps:
+            raise ValueError(f"batches must be at least {self.steps}, ended after {self.state['step']}")
+
+    def _step(self, step: int, batch: Any) -> dict[str, Tensor]:
+        """One optimiser step over this process's shards; the loss terms, averaged over them."""
+        scale = self.factor(step - 1)
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * scale
+        self.rows = num_rows(batch)
+        accumulation = self.execution.gradient_accumulation
+        total: dict[str, Tensor] = {}
+        for i in range(accumulation):
+            shard = i * self.accelerator.num_processes + self.accelerator.process_index
+            _random.reseed(_random.derived_seed(self.seed, step, shard))
+            with self.accelerator.accumulate(self.module):
+                terms = self.module(shard_of(batch, shard, self.shards))
+                self.accelerator.backward(next(iter(terms.values())))
+                if self.execution.max_grad_norm is not None and self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.execution.max_grad_norm)
+                    terms = {**terms, "grad_norm": norm * accumulation}  # it is averaged below, but there is one
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, term in terms.items():
+                total[name] = total.get(name, term.new_zeros(())) + term.detach() / accumulation
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return total
+
+    def _stopping(self, stop: StopRequest, regular: bool) -> bool:
+        """Whether a signal asks to stop after this step; processes agree on that at regular looks only."""
+        if self.accelerator.num_processes == 1:
+            return bool(stop)
+        if not regular:
+            return False
+        wish = torch.tensor([float(bool(stop))], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(wish, "sum") > 0)
+
+    def _look_at(self, pending: list[dict[str, Tensor]], bar: tqdm) -> None:
+        """Fetch the pending terms in one transfer, check, average, log and show them."""
+        for row in self._fetched(pending):
+            self.since_validation.add(row)
+            self.since_log.add(row)
+        bar.update(len(pending))
+        now = time.perf_counter()
+        rate, self.looked_at = len(pending) * self.rows / (now - self.looked_at), now
+        bar.set_postfix({k: f"{v:.4g}" for k, v in row.items()} | {"samples/s": f"{rate:.0f}"}, refresh=False)
+        pending.clear()
+        step = self.state["step"]
+        if step % self._log_every == 0 or step == self.steps:
+            lr = self.optimizer.param_groups[0]["lr"]
+            record = {"step": step, "split": "train", **self.since_log.take(), "lr": lr}
+            self._write(record | {"samples_per_second": rate, "seconds": self.state["seconds"]})
+
+    def _fetched(self, pending: list[dict[str, Tensor]]) -> list[dict[str, float]]:
+        """The pending terms as numbers, means over all processes; raises at the first that is not finite."""
+        names = list(pending[0])
+        values = torch.stack([terms[name].float() for terms in pending for name in names]).view(-1, len(names))
+        table = self.accelerator.reduce(values, "mean").tolist()
+        for row, step in zip(table, range(self.state["step"] - len(table) + 1, self.state["step"] + 1), strict=True):
+            for name, value in zip(names, row, strict=True):
+                if not math.isfinite(value):
+                    # fp16's loss scale is found by trial: an infinite gradient norm is its business
+                    if name == "grad_norm" and self.accelerator.scaler is not None:
+                        continue
+                    raise TrainingDiverged(
+                        f"training stopped at step {step}: loss term '{name}' is {value}{self._last_good()}"
+                    )
+        return [dict(zip(names, row, strict=True)) for row in table]
+
+    def _last_good(self) -> str:
+        return f"; the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint is not None else ""
+
+    # --- now and then ----------------------------------------------------------------------------------------------
+
+    def _validate(self) -> None:
+        step = self.state["step"]
+        record: dict[str, float] = {"step": step, **self.since_validation.take()}
+        if self.validate is not None:
+            self.agree_on_buffers()
+            self.model.eval()
+            with torch.no_grad(), self._averaged_weights():
+                _random.reseed(_random.derived_seed(self.seed, VALIDATION))
+                held_out = ranks().gather(self.validate())[0]  # decisions are the first process's
+                value = next(iter(held_out.values()))
+                if not math.isfinite(value):
+                    raise TrainingDiverged(
+                        f"{self.description}: validation {next(iter(held_out))} is {value} at step {step}"
+                        f"{self._last_good()}"
+                    )
+                self.state["stale"] += 1
+                if self.state["best_value"] is None or value < self.state["best_value"]:
+                    self.state |= {"stale": 0, "best_value": value, "best_step": step}
+                    self.best_weights = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+            self.model.train()
+            self._write({"step": step, "split": "validation", **held_out})
+            record |= {f"validation_{name}": value for name, value in held_out.items()}
+        self.state["history"].append(record)
+        if self.accelerator.is_main_process:
+            for hook in self.hooks:
+                hook(record)
+
+    def _out_of_patience(self) -> bool:
+        return self.patience is not None and self.state["stale"] >= self.patience
+
+    def agree_on_buffers(self) -> None:
+        """BatchNorm's running statistics differ between processes, which see their own shards: take the first's."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Within the block the model has the averaged weights, where there are any."""
+        if self.ema is None:
+            yield
+            return
+        raw = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema.module.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(raw)
+
+    @property
+    def _checkpoint_every(self) -> int:
+        return self.execution.checkpoint_every or self.validate_every
+
+    @property
+    def _log_every(self) -> int:
+        """About 2,000 records a run, in multiples of `check_every`; a short run has one a look."""
+        return self.execution.check_every * max(1, self.steps // (2000 * self.execution.check_every))
+
+    def _save(self) -> None:
+        assert self.folder is not None
+        if not checkpoint.finite(self.model):
+            raise TrainingDiverged(
+                f"training stopped at step {self.state['step']}: weights are not finite{self._last_good()}"
+            )
+        self.log.sync()
+        state = self.state | {"since_validation": self.since_validation.state(), "since_log": self.since_log.state()}
+        tensors = {} if self.best_weights is None else {"best": self.best_weights}
+        tensors |= {} if self.ema is None else {"ema": self.ema.state_dict()}
+        self.last_checkpoint = checkpoint.save(
+            self.folder / "checkpoints",
+            self.accelerator,
+            self.state["step"],
+            state | {"settings": self.settings | {"shards": self.shards}},
+            tensors,
+            self.execution.keep_checkpoints,
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.log.write(record)
+        if self.accelerator.trackers:
+            values = {f"{record['split']}/{k}": v for k, v in record.items() if k not in ("step", "split")}
+            self.accelerator.log(values, step=record["step"])
+
+    def leave_best_weights(self) -> None:
+        """End with the best weights, or the averaged ones without validation; in eval mode."""
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        elif self.ema is not None and self.state["step"]:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        self.model.eval()

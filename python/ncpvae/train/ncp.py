@@ -3,6 +3,9 @@
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +13,9 @@ from torch.distributions import Distribution
 
 from .. import _random, objectives
 from ..priors import NoiseContrastivePrior
-from .engine import check_count, minibatches, train
-from .vae import check_data
+from .batches import Data, check_data, minibatches, parts, source
+from .engine import Schedule, train
+from .execution import Execution, check_count
 
 #: a held-out loss below this (of at most 2·log 2 = 1.386) means the classes hardly overlap
 EASY_LOSS = 0.1
@@ -47,18 +51,23 @@ def fit_ncp(
     base_samples: Tensor | None = None,
     *,
     vae: Callable[[Tensor], Distribution | Tensor] | nn.Module | None = None,
-    data: Tensor | None = None,
-    validation: Tensor | None = None,
+    data: Data | None = None,
+    validation: Data | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
+    validation_transform: Callable[[Tensor], Tensor] | None = None,
     validation_fraction: float = 0.1,
     steps: int = 5000,
     batch_size: int = 512,
     lr: float = 1e-3,
-    schedule: str = "cosine",
+    schedule: Schedule = "cosine",
     label_smoothing: float = 0.0,
     validate_every: int | None = None,
     patience: int | None = 5,
     seed: int = 0,
+    execution: Execution | None = None,
+    folder: Path | None = None,
+    resume: str | Path = "never",
+    settings: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> NCPResult:
     """Train the prior's classifier to tell the aggregate posterior from the base (NCP-VAE, section 3.2, stage two).
@@ -74,14 +83,17 @@ def fit_ncp(
         vae: instead of posterior_samples: a function or module x → q(z|x) as a Distribution, or → draws [B, *event];
             a module with an `encode` method is asked by that. It is run without gradients; one that is a module
             is put in eval mode.
-        data: [N, …], the VAE's input. Codes are drawn anew at every step.
-        validation: held-out codes, or held-out data where `vae` is given; otherwise the next argument's share.
+        data: [N, …], the VAE's input, or any iterable of batches of it. Codes are drawn anew at every step.
+        validation: held-out codes, or held-out data where `vae` is given; otherwise the next argument's share. It must
+            be given with an iterable.
         transform: applied to every batch of data on the classifier's device; conversion to float32 by default.
+        validation_transform: the same for held-out data; `transform` by default.
         validation_fraction: share of the examples held out.
         steps, batch_size, lr, schedule: of Adam; the paper's are 512, 1e-3 and cosine.
         label_smoothing: see `objectives.nce`.
         validate_every, patience: in steps, and in validations without improvement before stopping; None never stops.
         seed: the run is deterministic for a seed.
+        execution, folder, resume, settings: see `fit_vae`.
         progress: show a progress bar.
 
     Raises:
@@ -111,24 +123,33 @@ def fit_ncp(
         return codes.to(device, dtype)
 
     encode = as_given if vae is None else _as_encoder(vae, transform, device, dtype)
+    encode_held_out = encode
+    if vae is not None and validation_transform is not None:
+        encode_held_out = _as_encoder(vae, validation_transform, device, dtype)
+    if posterior_samples is not None and not isinstance(posterior_samples, Tensor):
+        raise TypeError(f"fit_ncp: posterior_samples must be a tensor, got {type(posterior_samples).__name__}")
     examples = data if data is not None else posterior_samples
-    source = "posterior_samples" if vae is None else "the VAE's codes"
-    rest, held_out_part = _split(
-        "data" if vae is not None else "posterior_samples", examples, validation, validation_fraction, seed
-    )
+    name = "data" if vae is not None else "posterior_samples"
+    described = "posterior_samples" if vae is None else "the VAE's codes"
+    rows, held_out_part = _split(name, examples, validation, validation_fraction, seed)
     assert examples is not None  # _split has seen to it
+    positives, gather = source("fit_ncp", name, examples, batch_size, seed, rows)
     prior.classifier.eval()
     with torch.no_grad(), _random.scoped(seed ^ 0x5EED0FF):  # not the stream that the training steps draw from
-        _check_event(source, encode(examples[:2]), event)
-        held_out = torch.cat([encode(part) for part in held_out_part.split(1024)])
-        _check_event("validation" if validation is not None else source, held_out, event)
-        base_batches, held_out_base = _base_source(
+        if isinstance(examples, Tensor):
+            _check_event(described, encode(examples[:2]), event)
+        held_out = torch.cat([encode_held_out(part) for part in parts("fit_ncp", "validation", held_out_part)])
+        _check_event("validation" if validation is not None else described, held_out, event)
+        negatives, draw, held_out_base = _base_source(
             prior, base_samples, batch_size, len(held_out), validation_fraction, seed
         )
         _check_event("base_samples", held_out_base, event)
         held_out_base = held_out_base.to(device, dtype)
         prior.forward().log_ratio(held_out[:2])  # a classifier of the wrong shape is named before training
-    positive_batches = (examples[rest[i]] for i in minibatches(len(rest), batch_size, seed))
+
+    def batches(start: int) -> Iterator[tuple[Any, Any]]:
+        return zip(positives(start), negatives(start), strict=False)
+
     prior.forget_log_normalizer()
     distribution = prior.forward()
 
@@ -136,10 +157,11 @@ def fit_ncp(
         both = distribution.log_ratio(torch.cat([q, p]))  # in one pass: BatchNorm sees both classes together
         return both[: len(q)], both[len(q) :]
 
-    def terms(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def terms(batch: tuple[Any, Any]) -> dict[str, Tensor]:
         with torch.no_grad():
-            q = encode(batch[0])
-        return {"nce": objectives.nce(*logits(q, batch[1].to(device, dtype)), label_smoothing)}
+            q = encode(gather(batch[0]))
+            p = draw(batch[1], len(q)).to(device, dtype)
+        return {"nce": objectives.nce(*logits(q, p), label_smoothing)}
 
     def validate() -> dict[str, float]:
         q, p = logits(held_out, held_out_base)
@@ -148,7 +170,7 @@ def fit_ncp(
     result = train(
         prior.classifier,
         terms,
-        zip(positive_batches, base_batches, strict=False),
+        batches,
         steps=steps,
         lr=lr,
         schedule=schedule,
@@ -156,6 +178,10 @@ def fit_ncp(
         validate_every=validate_every,
         patience=patience,
         seed=seed,
+        execution=execution,
+        folder=folder,
+        resume=resume,
+        settings={"stage": "ncp", "batch_size": batch_size, "label_smoothing": label_smoothing, **(settings or {})},
         progress=progress,
         description="NCP",
     )
@@ -204,34 +230,38 @@ def _as_encoder(vae, transform, device, dtype) -> Callable[[Tensor], Tensor]:
 
 
 def _split(
-    name: str, examples: Tensor | None, validation: Tensor | None, fraction: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Indices of the examples to train on, and the held-out examples."""
+    name: str, examples: Data | None, validation: Data | None, fraction: float, seed: int
+) -> tuple[Tensor | None, Data]:
+    """Indices of the examples to train on, None for all, and the held-out examples."""
     check_data("fit_ncp", name, examples, minimum=2)
     assert examples is not None
     if validation is not None:
         check_data("fit_ncp", "validation", validation)
-        return torch.arange(len(examples)), validation
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+        return None, validation
+    if not isinstance(examples, Tensor):
+        raise ValueError(f"fit_ncp: validation must be given where {name} is an iterable, got None")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).to(examples.device)
     count = min(max(1, round(fraction * len(examples))), len(examples) - 1)
-    return order[count:], examples[order[:count].to(examples.device)]
+    return order[count:], examples[order[:count]]
 
 
-def _base_source(prior, base_samples, batch_size, num_held_out, fraction, seed) -> tuple[Iterator[Tensor], Tensor]:
-    """Endless batches of base draws, and the held-out ones."""
+def _base_source(
+    prior, base_samples, batch_size, num_held_out, fraction, seed
+) -> tuple[Callable[[int], Iterator], Callable[[Any, int], Tensor], Tensor]:
+    """Batches from a step on, the function from one of them and its size to base draws, and the held-out draws."""
     if base_samples is not None:
         rest, held_out = _split("base_samples", base_samples, None, fraction, seed)
-        return (base_samples[rest[i]] for i in minibatches(len(rest), batch_size, seed + 1)), held_out
+        assert rest is not None and isinstance(held_out, Tensor)
+        return (
+            lambda start: minibatches(len(rest), batch_size, seed + 1, start, rest.device),
+            lambda i, size: base_samples[rest[i]],
+            held_out,
+        )
     base = prior.base_distribution()
     if base.batch_shape:
         raise ValueError(f"fit_ncp: prior.base must have no batch shape, got {tuple(base.batch_shape)}")
     held_out = base.sample((max(num_held_out, MIN_BASE_VALIDATION),))
-
-    def draws() -> Iterator[Tensor]:
-        while True:
-            yield base.sample((batch_size,))
-
-    return draws(), held_out
+    return lambda start: repeat(None), lambda _, size: base.sample((size,)), held_out
 
 
 def _check_event(name: str, z: Tensor, event: tuple[int, ...]) -> None:

@@ -1,0 +1,45 @@
+"""Named data sets as tensors: `load("mnist")` → `Dataset`, with what turns a batch of it into what a model sees.
+
+    toy.py         what needs no file: 25 Gaussians, scikit-learn's digits
+    hub.py         images in the Hugging Face hub's layout, from a folder or the hub
+    folder.py      a folder of images      arrays.py   an .npz file      corpus.py   text
+    images.py      decoding                transforms.py   on the device: binarise, flip, pad, quantise, scale
+
+Images are uint8 in memory; what a model sees is made from each batch on its device.
+"""
+
+from .arrays import npz_file
+from .corpus import text_lines
+from .dataset import Dataset, Splits
+from .folder import image_folder
+from .hub import check_folder, mnist
+from .names import NAMES, load
+from .toy import GAUSSIANS_SPACING, GAUSSIANS_STD, digits, gaussian_grid_entropy, gaussian_grid_means, gaussians
+from .transforms import Transform, as_is, binarize, compose, pad, quantize, random_flip, scale, to_float
+
+__all__ = [
+    "GAUSSIANS_SPACING",
+    "GAUSSIANS_STD",
+    "NAMES",
+    "Dataset",
+    "Splits",
+    "Transform",
+    "as_is",
+    "binarize",
+    "check_folder",
+    "compose",
+    "digits",
+    "gaussian_grid_entropy",
+    "gaussian_grid_means",
+    "gaussians",
+    "image_folder",
+    "load",
+    "mnist",
+    "npz_file",
+    "pad",
+    "quantize",
+    "random_flip",
+    "scale",
+    "text_lines",
+    "to_float",
+]

@@ -1,1 +1,0 @@
-"""Complete experiments on small data: `python -m ncpvae demo [gaussians|digits|mnist]`."""

@@ -1,0 +1,156 @@
+"""What every recipe says: the numbers of both stages and of the evaluation, and how its models are built.
+
+A recipe is a frozen dataclass; each of its fields is a flag of `ncpvae train`. One file is one experiment, and its
+docstring says where each number comes from and what the source leaves open.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..train import Execution
+from ..train.engine import Schedule
+from ..vae import VAE
+
+
+@dataclass(frozen=True)
+class StageTwo:
+    """The classifier that makes the base prior a noise contrastive one (NCP-VAE, section 3.2, stage two)."""
+
+    hidden: tuple[int, ...] = (256, 256, 256)
+    """widths of the classifier's hidden layers"""
+    base: Literal["prior", "normal", "mixture"] = "prior"
+    """the VAE's own prior, or a Normal or a mixture of Gaussians fitted to the aggregate posterior"""
+    steps: int = 5000
+    """optimiser steps"""
+    batch_size: int = 512
+    """draws from q(z) and from p(z) in one step, over all processes"""
+    lr: float = 1e-3
+    """of Adam"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """of the learning rate"""
+    label_smoothing: float = 0.0
+    """biases log r towards 0"""
+    validate_every: int | None = None
+    """steps; 20 times over the run by default"""
+    patience: int | None = 5
+    """validations without improvement before stopping; None never stops"""
+    log_z_samples: int = 100_000
+    """base draws for log Z"""
+    execution: Execution = field(default_factory=Execution)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How figures and pictures come about."""
+
+    importance_samples: int = 1000
+    """draws from q(z|x) per test example in the importance-weighted likelihood"""
+    snis_proposals: int = 1024
+    """K of the SNIS bound"""
+    sir_proposals: int = 5000
+    """M of sampling-importance-resampling"""
+    test_examples: int | None = None
+    """of the test set, from its start; all by default"""
+    samples: int = 2000
+    """drawn from each prior for distances, density, coverage and the memorisation check"""
+    pictures: int = 64
+    """samples in a grid"""
+    temperatures: tuple[float, ...] = (1.0, 0.7)
+    """of the base prior in the grids"""
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """An experiment: a data set, a VAE, a noise contrastive prior."""
+
+    data: str
+    """name of the data set, see `ncpvae.data.load`"""
+    shape: tuple[int, ...]
+    """of one example"""
+    steps: int
+    """optimiser steps of stage one"""
+    batch_size: int = 128
+    """of all processes together"""
+    lr: float = 1e-3
+    """of Adam"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """of the learning rate"""
+    kl_weight: float = 1.0
+    """β, on the KL term"""
+    validate_every: int | None = None
+    """steps; 20 times over the run by default"""
+    patience: int | None = None
+    """validations without improvement before stopping; None never stops"""
+    seed: int = 0
+    """governs all randomness of a run"""
+    execution: Execution = field(default_factory=Execution)
+    prior: StageTwo = field(default_factory=StageTwo)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    @abstractmethod
+    def vae(self, mean: Tensor | None = None) -> VAE:
+        """The untrained VAE.
+
+        Args:
+            mean: of the training data as the model sees it, of `shape`; None where only sizes matter.
+        """
+
+    @abstractmethod
+    def classifier(self) -> nn.Module:
+        """The untrained classifier z → log r."""
+
+    @abstractmethod
+    def transform(self, x: Tensor, training: bool = True) -> Tensor:
+        """Examples as they are stored → as the model sees them, on their device; augmented in training alone."""
+
+    def evaluation_transform(self, x: Tensor) -> Tensor:
+        """`transform` without augmentation."""
+        return self.transform(x, training=False)
+
+    def lr_schedule(self) -> Schedule:
+        """The schedule of stage one, as `fit_vae` takes it."""
+        return self.schedule
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """What the decoder returns → images in [0, 1], or points as they are."""
+        return x
+
+
+def initialised(seed: int, build) -> Any:
+    """`build()` with weights drawn from `seed`, torch's global generators being left as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+def from_dict(template: Any, values: dict[str, Any], owner: str) -> Any:
+    """The recipe like `template`, with the values of a JSON object for its fields.
+
+    Raises:
+        ValueError: naming fields that are unknown, or that have the wrong kind of value.
+    """
+    known = {f.name: getattr(template, f.name) for f in fields(template)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{owner}: {', '.join(unknown)} is no field of {type(template).__name__}")
+    arguments = {}
+    for name, value in values.items():
+        default = known[name]
+        if is_dataclass(default):
+            if not isinstance(value, dict):
+                raise ValueError(f"{owner}: {name} must be an object, got {type(value).__name__}")
+            arguments[name] = from_dict(default, value, owner)
+        elif isinstance(default, tuple):
+            if not isinstance(value, list):
+                raise ValueError(f"{owner}: {name} must be a list, got {type(value).__name__}")
+            arguments[name] = tuple(value)
+        else:
+            numbers = (int, float) if isinstance(default, float) else type(default)
+            if default is not None and value is not None and not isinstance(value, numbers):
+                raise ValueError(f"{owner}: {name} must be like {default!r}, got {value!r}")
+            arguments[name] = value
+    return type(template)(**{**known, **arguments})

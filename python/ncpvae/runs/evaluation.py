@@ -1,0 +1,279 @@
+"""The figures of a run, base prior against noise contrastive prior, each with its protocol."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from .._files import read_json
+from ..metrics import FeatureClassifier, InceptionFeatures
+from ..priors import NoiseContrastivePrior
+from ..recipes import Evaluation
+from ..report import Metric
+from ..samplers import SIR, Langevin
+from ..sharding import sample_sharded
+from ..train.execution import processes
+from ..vae import VAE
+from .folder import Run, as_json, environment, write_json
+from .sampling import decoded, from_base
+
+FILE = "evaluation.json"
+LANGEVIN, LANGEVIN_CHAINS = Langevin(1000, 1e-3), 1000  # in two dimensions, where they can be looked at
+MODES = "samples within 4σ of a mode"
+NLL, JSD = "test NLL, SNIS bound", "JSD(q(z) ‖ base)"  # the headlines
+
+
+def evaluate(
+    run: Run, evaluation: Evaluation | None = None, features: str | None = None, seed: int | None = None
+) -> list[Metric]:
+    """Measure the run and write `evaluation.json`. The work is shared out over the processes there are.
+
+    Args:
+        run: with a VAE; without a noise contrastive prior only the base is measured.
+        evaluation: settings that take the place of the recipe's.
+        features: where images are compared in a feature space: the folder of a classifier that
+            `ncpvae train-features` wrote, or `inception:FILE` with the weights of Inception. Pixels by default.
+        seed: the recipe's by default.
+    """
+    started, seed = time.perf_counter(), run.recipe.seed if seed is None else seed
+    if evaluation is not None:
+        run = replace(run, recipe=replace(run.recipe, evaluation=evaluation))
+    vae, prior = run.vae(), run.prior() if run.has_prior() else None
+    figures = likelihoods(run, vae, prior, seed)
+    if prior is not None:
+        figures += ratio(run, prior)
+    if run.recipe.shape == (2,) and run.recipe.data == "gaussians":
+        figures += modes(run, vae, prior, seed)
+    figures += fidelity(run, vae, prior, features, seed)
+    if processes().is_main_process:
+        record = {
+            "figures": [asdict(figure) for figure in figures],
+            "seed": seed,
+            "recipe": run.name,
+            "settings": as_json(run.recipe),
+            "stage_one": run.config.get("stage_one"),
+            "environment": environment(run.device),
+            "seconds": round(time.perf_counter() - started, 1),
+            "caution": run.config.get("data", {}).get("caution", ""),
+        }
+        write_json(run.folder / FILE, record)
+    processes().wait_for_everyone()
+    return figures
+
+
+def read_figures(folder: Path) -> list[Metric]:
+    """The figures of a run's `evaluation.json`; OSError where it has none, ValueError for a damaged one."""
+    path = folder / FILE
+    record = read_json(path, "evaluation")
+    try:
+        return [Metric(**figure) for figure in record["figures"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold figures: {error}") from error
+
+
+def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int) -> list[Metric]:
+    """Importance-weighted negative log-likelihood of the test examples by the same draws for all priors."""
+    e = run.recipe.evaluation
+    log_priors: dict[str, Callable[[Tensor], Tensor]] = {"base": vae.prior_distribution().log_prob}
+    if prior is not None:
+        distribution = prior()
+        log_priors |= {"own base": distribution.base.log_prob, "log_z": distribution.log_prob}
+        log_priors["snis"] = lambda z: distribution.snis_log_prob(z, e.snis_proposals)
+    test = run.dataset.splits.test[: e.test_examples]
+    nll = metrics.importance_weighted_nll(
+        test,
+        vae.encode,
+        vae.decode,
+        log_priors,
+        e.importance_samples,
+        transform=run.recipe.evaluation_transform,
+        seed=seed,
+        device=run.device,
+        distributed=True,
+    )
+    protocol = f"{nll['base'].protocol}; seed {seed}"
+    base = {"base": nll["base"].nll, "base_error": nll["base"].standard_error}
+    name, unit = "test NLL", f"nats per {'image' if len(run.recipe.shape) == 3 else 'example'}"
+    if prior is None:
+        return [Metric(name, unit, ncp=None, lower_is_better=True, protocol=protocol, **base)]
+    ways = {
+        "log_z": "by the estimated log Z, optimistic on average",
+        "snis": f"by the SNIS bound with {e.snis_proposals:,} proposals, shared between examples of a chunk",
+    }
+    rows = [
+        Metric(
+            NLL if key == "snis" else "test NLL, log Ẑ",
+            unit,
+            ncp=nll[key].nll,
+            lower_is_better=True,
+            ncp_error=nll[key].standard_error,
+            protocol=f"{protocol}; NCP {how}",
+            **base,
+        )
+        for key, how in ways.items()
+    ]
+    gain = nll["base"].per_example - nll["snis"].per_example
+    spread = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else None
+    name, how = "gain per example, SNIS bound", "base NLL − NCP NLL, paired by example"
+    rows.append(
+        Metric(name, unit, base=None, ncp=float(gain.mean()), lower_is_better=None, ncp_error=spread, protocol=how)
+    )
+    if run.recipe.prior.base != "prior":
+        own, how = nll["own base"], f"{protocol}; in the NCP column the refitted base, before any reweighting"
+        name = "test NLL of the refitted base"
+        rows.append(
+            Metric(name, unit, ncp=own.nll, lower_is_better=True, ncp_error=own.standard_error, protocol=how, **base)
+        )
+    return rows
+
+
+def ratio(run: Run, prior: NoiseContrastivePrior) -> list[Metric]:
+    """What stage two found out about q(z) and the base."""
+    result = read_json(run.prior_folder / "result.json", "result of stage two")
+    log_z = result["log_normalizer"]
+    held_out = f"on held-out draws after {result['best_step']:,} steps"
+    draws = f"{log_z['num_samples']:,} base draws, ESS {log_z['ess']:,.0f}"
+    loss, accuracy = "classifier's loss", "classifier's accuracy"
+    return [
+        Metric(JSD, "nats, ≤ 0.693", result["jsd"], None, None, protocol=f"lower bound {held_out}"),
+        Metric(loss, "nats, 1.386 where q(z) = base", None, result["loss"], None, protocol=held_out),
+        Metric(accuracy, "", None, result["accuracy"], None, protocol=held_out),
+        Metric("log Ẑ", "nats", None, log_z["value"], None, ncp_error=log_z["standard_error"], protocol=draws),
+    ]
+
+
+def modes(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int) -> list[Metric]:
+    """25 Gaussians: the share of samples within 4σ of a mode, and the best likelihood there is."""
+    from .. import data
+
+    def share(x: Tensor) -> float:
+        distance = torch.cdist(x, data.gaussian_grid_means()).amin(1)
+        return float((distance <= 4 * data.GAUSSIANS_STD).float().mean())
+
+    base, ncp, _ = drawn(run, vae, prior, seed)
+    entropy, num = data.gaussian_grid_entropy(), f"{len(base):,} samples"
+    rows = [Metric("entropy of the data, which no NLL can be below", "nats per example", entropy, entropy, None)]
+    if prior is None or ncp is None:
+        return [*rows, Metric(MODES, "", share(base), None, lower_is_better=False, protocol=f"{num}; seed {seed}")]
+    how = f"{num}, SIR of {run.recipe.evaluation.sir_proposals:,} proposals; seed {seed}"
+    rows.append(Metric(MODES, "", share(base), share(ncp), lower_is_better=False, protocol=how))
+    chains = sample_sharded(prior(), LANGEVIN_CHAINS, LANGEVIN, seed)
+    how = f"{LANGEVIN_CHAINS:,} chains of {LANGEVIN.num_steps:,} steps of {LANGEVIN.step_size:g}; seed {seed}"
+    langevin = share(decoded(run, vae, chains.z, seed))
+    return [*rows, Metric(f"{MODES}, Langevin", "", share(base), langevin, lower_is_better=False, protocol=how)]
+
+
+def drawn(
+    run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int, num: int | None = None
+) -> tuple[Tensor, Tensor | None, Any]:
+    """Samples as pictures or points from the base and, by SIR, from the noise contrastive prior; its diagnostics."""
+    e = run.recipe.evaluation
+    num = num or e.samples
+    base = decoded(run, vae, from_base(vae.prior_distribution(), num, seed), seed)
+    if prior is None:
+        return base, None, None
+    result = sample_sharded(prior(), num, SIR(e.sir_proposals), seed)
+    return base, decoded(run, vae, result.z, seed), result.diagnostics
+
+
+def fidelity(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, features: str | None, seed: int) -> list[Metric]:
+    """Distances between samples and test examples, density and coverage, and the memorisation check."""
+    dataset, e = run.dataset, run.recipe.evaluation
+    scale = dataset.levels or 1
+    base, ncp, diagnostics = drawn(run, vae, prior, seed)
+    sides = {"base": base, "ncp": ncp}
+    test, train = (part.float() / scale for part in (dataset.splits.test, dataset.splits.train))
+    extractor = None if len(run.recipe.shape) != 3 else _extractor(features, run)
+
+    def space(x: Tensor) -> Any:
+        return x if extractor is None else metrics.extract_features(x, extractor, device=run.device)
+
+    where = "pixels" if len(run.recipe.shape) == 3 else "data space"
+    where = where if extractor is None else extractor.name  # type: ignore[assignment]
+    some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[: e.samples]
+    real, known = space(test), space(train)
+    part = real[some] if isinstance(real, Tensor) else replace(real, values=real.values[some])
+    found = {side: space(x) for side, x in sides.items() if x is not None}
+    rows: list[Metric] = []
+    if extractor is not None:
+        subset = min(1000, len(test) // 2, e.samples // 2)
+        for distance in (metrics.frechet_distance, partial(metrics.kernel_distance, subset_size=subset)):
+            both = {side: distance(real, x) for side, x in found.items()}
+            rows.append(_row(both["base"].name, "", both, "value", True, both["base"].protocol, "standard_error"))
+    cover = {side: metrics.density_coverage(part, x, device=run.device) for side, x in found.items()}
+    for name in ("density", "coverage"):
+        rows.append(_row(name, "", cover, name, False, f"{cover['base'].protocol}; {where}"))
+    copies = {side: metrics.memorization(x, known, part, device=run.device) for side, x in found.items()}
+    meaning = "; ".join(f"{'NCP' if side == 'ncp' else side}: {m.meaning}" for side, m in copies.items())
+    rows.append(
+        _row("memorisation C_T", "", copies, "statistic", None, f"{copies['base'].protocol}; {where}; {meaning}")
+    )
+    if diagnostics is not None:
+        ess = float(diagnostics.ess.mean())
+        how = f"mean over {e.samples:,} samples, of {diagnostics.num_proposals:,} base draws each; seed {seed}"
+        rows.append(Metric("effective sample size", "draws", None, ess, None, protocol=how))
+    return rows
+
+
+def _row(
+    name: str, unit: str, both: dict[str, Any], field: str, lower: bool | None, protocol: str, error: str | None = None
+) -> Metric:
+    values = {side: float(getattr(m, field)) for side, m in both.items()}
+    errors = {side: float(getattr(m, error)) for side, m in both.items()} if error else {}
+    errors = {side: value for side, value in errors.items() if math.isfinite(value)}
+    return Metric(name, unit, values["base"], values.get("ncp"), lower, errors.get("base"), errors.get("ncp"), protocol)
+
+
+def _extractor(features: str | None, run: Run) -> torch.nn.Module | None:
+    if features is None:
+        return None
+    kind, _, file = features.partition(":")
+    if kind == "inception":
+        return InceptionFeatures(file or None).to(run.device)
+    return FeatureClassifier.from_pretrained(Path(features)).to(run.device)
+
+
+def compare(folders: list[Path]) -> str:
+    """A table of the figures of several runs, which must have been evaluated."""
+    short = [folder.resolve().name for folder in folders]
+    labels = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    columns = [{f.name: f for f in read_figures(folder)} for folder in folders]
+    names = list(dict.fromkeys(name for figures in columns for name in figures))
+    lines = [["", *(f"{label}: {prior}" for label in labels for prior in ("base", "NCP"))]]
+    for name in names:
+        row = [name]
+        for figures in columns:
+            row += [_cell(figures.get(name), "base"), _cell(figures.get(name), "ncp")]
+        lines.append(row)
+    return table(lines)
+
+
+def _cell(figure: Metric | None, side: str) -> str:
+    value = None if figure is None else getattr(figure, side)
+    if value is None:
+        return ""
+    error = getattr(figure, f"{side}_error")
+    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+
+
+def table(lines: list[list[str]]) -> str:
+    """Rows of cells as text in columns, the first to the left and the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    first, *others = widths
+    return "\n".join(
+        "  ".join([line[0].ljust(first), *(c.rjust(w) for c, w in zip(line[1:], others, strict=True))]).rstrip()
+        for line in lines
+    )
+
+
+def table_of(figures: list[Metric]) -> str:
+    """The figures of one run, as text."""
+    rows = [[f"{f.name} ({f.unit})" if f.unit else f.name, _cell(f, "base"), _cell(f, "ncp")] for f in figures]
+    return table([["", "base", "NCP"], *rows])

@@ -1,0 +1,204 @@
+"""The folder of a run: where everything is, and how it is read back.
+
+RUN/config.json          recipe, its settings, data, versions, commands
+RUN/metrics.jsonl        stage one as it went
+RUN/checkpoints/         its resume state
+RUN/vae/                 the VAE: config.json and model.safetensors (`VAE.from_pretrained`)
+RUN/prior/               stage two: metrics.jsonl, checkpoints/, model/ (`NoiseContrastivePrior.from_pretrained`)
+RUN/samples/             pictures, and the tensors they show
+RUN/evaluation.json      figures, each with its protocol
+RUN/report.html          all of it on one page
+"""
+
+import dataclasses
+import json
+import platform
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import data
+from .._files import read_json, write_atomic
+from ..priors import NoiseContrastivePrior
+from ..recipes import RECIPES, Recipe, from_dict
+from ..train.execution import processes
+from ..vae import VAE
+
+FORMAT, VERSION = "ncpvae-run", 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, its recipe, and where its computations happen.
+
+    Attributes:
+        folder: the run's.
+        name: of the recipe.
+        recipe: with the settings of this run.
+        device: models and batches go there.
+        data_folder: holds data sets; `NCPVAE_DATA` by default, then the hub.
+    """
+
+    folder: Path
+    name: str
+    recipe: Recipe
+    device: torch.device
+    data_folder: str | None = None
+
+    @property
+    def prior_folder(self) -> Path:
+        return self.folder / "prior"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.folder / "config.json", "run")
+
+    @cached_property
+    def dataset(self) -> data.Dataset:
+        """The data set of the recipe.
+
+        Raises:
+            ValueError: where its examples do not have the recipe's shape.
+        """
+        dataset = data.load(self.recipe.data, self.data_folder, self.recipe.seed)
+        shape = tuple(dataset.splits.train.shape[1:])
+        if shape != self.recipe.shape:
+            raise ValueError(
+                f"shape must be that of the examples of {self.recipe.data!r}, {shape}, got {self.recipe.shape}"
+            )
+        return dataset
+
+    def vae(self) -> VAE:
+        """The trained VAE, in eval mode on the run's device."""
+        if not (self.folder / "vae").is_dir():
+            raise OSError(f"run {self.folder} has no trained VAE yet: finish it with --resume auto")
+        return VAE.from_pretrained(self.folder / "vae").to(self.device).eval()
+
+    def has_prior(self) -> bool:
+        return (self.prior_folder / "model").is_dir()
+
+    def prior(self) -> NoiseContrastivePrior:
+        """The trained noise contrastive prior, in eval mode on the run's device."""
+        if not self.has_prior():
+            raise OSError(f"run {self.folder} has no noise contrastive prior yet: ncpvae fit-prior {self.folder}")
+        return NoiseContrastivePrior.from_pretrained(self.prior_folder / "model").to(self.device).eval()
+
+    def update(self, **entries: Any) -> None:
+        """Put entries into `config.json`, keeping the others."""
+        write_json(self.folder / "config.json", self.config | entries)
+
+    def on_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+
+def open_run(folder: Path, device: str = "auto", data_folder: str | None = None) -> Run:
+    """The run in `folder`.
+
+    Raises:
+        OSError, ValueError: where it is none, or its `config.json` is damaged or of another version.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise OSError(f"{folder} is not the folder of a run: it has no config.json")
+    config = read_json(file, "run")
+    if config.get("format") != FORMAT or config.get("version") != VERSION:
+        raise ValueError(
+            f"{file}: must be {FORMAT!r} of version {VERSION}, got {config.get('format')!r}, {config.get('version')!r}"
+        )
+    name, settings = config.get("recipe"), config.get("settings")
+    if name not in RECIPES:
+        raise ValueError(f"{file}: recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: settings must be an object, got {type(settings).__name__}")
+    return Run(folder, name, from_dict(RECIPES[name], settings, str(file)), chosen_device(device), data_folder)
+
+
+def new_run(
+    folder: Path, name: str, recipe: Recipe, command: str, device: str = "auto", data_folder: str | None = None
+) -> Run:
+    """Make the folder of a run; one that is there already must be of the same recipe and settings.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    settings = as_json(recipe)
+    if (folder / "config.json").is_file():
+        run = open_run(folder, device, data_folder)
+        before = as_json(run.recipe)
+        differing = [key for key in settings if settings[key] != before.get(key)]
+        if run.name != name or differing:
+            changed = ", ".join(f"{key} = {before.get(key)!r}, now {settings[key]!r}" for key in differing) or run.name
+            raise ValueError(f"{folder} is of another run ({changed}); take another --output")
+        return run
+    config = {"format": FORMAT, "version": VERSION, "recipe": name, "settings": settings, "commands": [command]}
+    write_json(folder / "config.json", config | {"environment": environment(chosen_device(device))})
+    return open_run(folder, device, data_folder)
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        OSError: where it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"output folder {str(folder)!r} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def as_json(recipe: Any) -> dict[str, Any]:
+    """A recipe as a JSON object: what `from_dict` reads."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def chosen_device(name: str) -> torch.device:
+    """ "auto": this process's CUDA device where there is one, else the CPU.
+
+    Raises:
+        ValueError: for a device that torch does not know or that is not there.
+    """
+    state = processes(cpu=name == "cpu")
+    if name == "auto":
+        return state.device
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be auto, cpu, cuda, …, got {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions, device and time, for reports."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from ..info import kernel_of
+
+    try:
+        own = version("ncpvae")
+    except PackageNotFoundError:
+        own = "not installed"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "ncpvae": own,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type}: {where}",
+        "threads": str(torch.get_num_threads()),
+        "kernels": kernel_of("sir_resample", device.type.upper()),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }

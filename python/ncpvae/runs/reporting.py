@@ -1,0 +1,138 @@
+"""A run collected for its page, `RUN/report.html`."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import _random, metrics
+from ..priors import NoiseContrastivePrior
+from ..report import Metric, ReportData, Samples, write_report
+from ..samplers import SIR
+from ..sharding import sample_sharded
+from ..train.log import read_metrics
+from ..vae import VAE
+from .evaluation import FILE, JSD, NLL, read_figures
+from .folder import Run, as_json
+from .sampling import ROWS_AT_ONCE, decoded, from_base, reconstructions_of
+
+LATENTS = 3000  # draws of each distribution in the scatter of latents
+LOG_WEIGHTS = 20_000  # base draws in the histogram of log r
+RECONSTRUCTIONS = 16
+
+
+def report(run: Run) -> Path:
+    """Write the page of a run from what is in its folder, with fresh samples; `ncpvae evaluate` adds the figures."""
+    vae, prior = run.vae(), run.prior() if run.has_prior() else None
+    recipe, config, seed = run.recipe, run.config, run.recipe.seed
+    evaluated = (run.folder / FILE).is_file()
+    figures = read_figures(run.folder) if evaluated else []
+    data, images = config.get("data", {}), len(recipe.shape) == 3
+    notes = [f"Data: {data.get('source', recipe.data)}."] + [data["caution"]] * bool(data.get("caution"))
+    if not evaluated:
+        notes.append(f"No figures yet: ncpvae evaluate {run.folder.name}.")
+    samples: list[Samples] = []
+    ess, neighbours = None, None
+    if prior is not None:
+        samples, ess, neighbours = sample_grids(run, vae, prior)
+    drawable = images or recipe.shape == (2,)
+    page = ReportData(
+        title=f"{run.name}: {run.folder.resolve().name}",
+        summary=summary(run, figures),
+        commands=config["commands"],
+        settings=as_json(recipe),
+        environment=config["environment"] | {"seed": str(seed)},
+        curves=curves(run),
+        samples=samples if drawable else [],
+        reconstructions=reconstructions_of(run, vae, run.dataset.splits.test[:RECONSTRUCTIONS]) if drawable else None,
+        neighbours=neighbours if drawable else None,
+        log_weights=None if prior is None else log_weights(run, prior),
+        ess=ess,
+        num_proposals=None if ess is None else recipe.evaluation.sir_proposals,
+        latents=latents(run, vae, prior),
+        metrics=figures,
+        notes=notes,
+    )
+    return write_report(page, run.folder / "report.html")
+
+
+def summary(run: Run, figures: list[Metric]) -> str:
+    """A paragraph with the headline numbers."""
+    stage_one = run.config.get("stage_one", {})
+    text = f"A VAE trained on {run.recipe.data} for {stage_one.get('steps', run.recipe.steps):,} steps"
+    text += ", its prior then reweighted by a classifier." if run.has_prior() else "."
+    by_name = {figure.name: figure for figure in figures}
+    nll = by_name.get(NLL)
+    if nll is not None and nll.base is not None and nll.ncp is not None:
+        text += (
+            f" The noise contrastive prior takes the test negative log-likelihood from {nll.base:.2f} to {nll.ncp:.2f} "
+            f"{nll.unit} by the SNIS bound."
+        )
+    jsd = by_name.get(JSD)
+    if jsd is not None and jsd.base is not None:
+        text += f" The prior hole was at least {jsd.base:.3f} of 0.693 nats wide (JSD between q(z) and the base)."
+    return text
+
+
+def sample_grids(
+    run: Run, vae: VAE, prior: NoiseContrastivePrior
+) -> tuple[list[Samples], Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Samples at each temperature, the ESS behind those at 1, and their nearest training examples."""
+    e, seed = run.recipe.evaluation, run.recipe.seed
+    grids: list[Samples] = []
+    for temperature in dict.fromkeys((1.0, *e.temperatures)):
+        base = decoded(run, vae, from_base(vae.prior_distribution(), e.pictures, seed, temperature), seed)
+        result = sample_sharded(prior().tempered(temperature), e.pictures, SIR(e.sir_proposals), seed)
+        ncp = decoded(run, vae, result.z, seed)
+        grids.append(Samples(temperature, base, ncp))
+        if temperature == 1.0:
+            ess = result.diagnostics.ess
+            neighbours = nearest_training(run, ncp[: 2 * RECONSTRUCTIONS])
+    return grids, ess.cpu(), neighbours
+
+
+def nearest_training(run: Run, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples, the training example nearest to each, and the distances between them."""
+    dataset = run.dataset
+    train = dataset.splits.train.float() / (dataset.levels or 1)
+    found = metrics.nearest_neighbours(samples, train)
+    return samples, train[found.indices[:, 0]], found.distances[:, 0].float()
+
+
+@torch.no_grad()
+def log_weights(run: Run, prior: NoiseContrastivePrior) -> Tensor:
+    with _random.scoped(run.recipe.seed):
+        return prior.log_ratio(prior.base_distribution().sample((LOG_WEIGHTS,))).cpu()
+
+
+@torch.no_grad()
+def latents(run: Run, vae: VAE, prior: NoiseContrastivePrior | None) -> dict[str, Tensor]:
+    """Draws from q(z) of test examples, the base and the noise contrastive prior, each [N, D]."""
+    test, seed = run.dataset.splits.test[:LATENTS], run.recipe.seed
+    with _random.scoped(seed):
+        parts = [
+            vae.encode(run.recipe.evaluation_transform(run.on_device(x))).sample() for x in test.split(ROWS_AT_ONCE)
+        ]
+        found = {"q(z)": torch.cat(parts), "p(z)": vae.prior_distribution().sample((len(test),))}
+    if prior is not None:
+        sampler = SIR(
+            run.recipe.evaluation.sir_proposals, draws_per_row=8
+        )  # a cloud to look at: proposals may be shared
+        found["p_NCP(z)"] = sample_sharded(prior(), len(test), sampler, seed).z
+    return {name: z.flatten(1).cpu() for name, z in found.items()}
+
+
+def curves(run: Run) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Charts from the logs of both stages: one for each term, training and held-out together, and the learning rate."""
+    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for stage, folder in (("VAE", run.folder), ("NCP", run.prior_folder)):
+        if not (folder / "metrics.jsonl").is_file():
+            continue
+        for record in read_metrics(folder / "metrics.jsonl"):
+            split = "training" if record.get("split") == "train" else "held out"
+            for name, value in record.items():
+                if name not in ("step", "split", "seconds", "samples_per_second"):
+                    unit = ", nats" if name in ("loss", "reconstruction", "kl", "nce") else ""
+                    points = charts.setdefault(f"{stage}: {name.replace('_', ' ')}{unit}", {}).setdefault(split, [])
+                    points.append((record["step"], value))
+    return charts

@@ -1,0 +1,177 @@
+"""Pictures and tensors out of a run: samples, reconstructions, interpolations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributions import Distribution
+
+from .. import _random, plots
+from .._files import atomic_file
+from ..distributions import temper
+from ..metrics import nearest_neighbours
+from ..samplers import SIR, Langevin, Sampler, SampleResult
+from ..sharding import sample_sharded
+from ..train.execution import processes
+from ..vae import VAE
+from .folder import Run
+
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn from the noise contrastive prior."""
+
+    sampler: Literal["sir", "langevin"] = "sir"
+    """sampling-importance-resampling, or Langevin dynamics"""
+    proposals: int | None = None
+    """of SIR; the recipe's by default"""
+    langevin_steps: int = 1000
+    """of Langevin dynamics"""
+    step_size: float = 1e-2
+    """of Langevin dynamics, in squared units of z"""
+
+    def build(self, run: Run) -> Sampler:
+        if self.sampler == "langevin":
+            return Langevin(self.langevin_steps, self.step_size)
+        return SIR(self.proposals or run.recipe.evaluation.sir_proposals)
+
+
+@torch.no_grad()
+def decode_mean(vae: VAE, z: Tensor) -> Tensor:
+    """The mean of p(x|z), the picture to look at; some rows at a time."""
+    return torch.cat([vae.decode(part).mean for part in z.split(ROWS_AT_ONCE)])
+
+
+def decoded(run: Run, vae: VAE, z: Tensor, seed: int) -> Tensor:
+    """z [N, D] → pictures [N, C, H, W] in [0, 1], the decoder's mean; points [N, 2] are drawn from the decoder."""
+    if len(run.recipe.shape) == 3:
+        return run.recipe.pictures(decode_mean(vae, z)).clamp(0, 1).cpu()
+    with torch.no_grad(), _random.scoped(seed):
+        return run.recipe.pictures(vae.decode(z).sample()).cpu()
+
+
+def from_base(base: Distribution, num: int, seed: int, temperature: float = 1.0) -> Tensor:
+    with _random.scoped(seed):
+        return temper(base, temperature).sample((num,))
+
+
+def sample(
+    run: Run,
+    num: int,
+    sampling: Sampling,
+    temperature: float = 1.0,
+    base: bool = False,
+    seed: int = 0,
+    output: Path | None = None,
+) -> tuple[Path, SampleResult | None]:
+    """Draw `num` samples, shared out over the processes there are; write z and x, and a picture of the first.
+
+    Args:
+        run: with a noise contrastive prior, unless `base`.
+        num: samples of all processes together; they do not depend on how many there are.
+        sampling: how.
+        temperature: of the base prior (NCP-VAE, section 5.2).
+        base: from the base prior instead.
+        seed: governs the draws.
+        output: a `.safetensors` file; `RUN/samples/…` by default. The picture lies beside it.
+
+    Returns:
+        The file, and the sampler's result with its diagnostics, None for the base.
+    """
+    vae, result = run.vae(), None
+    if base:
+        z = from_base(vae.prior_distribution(), num, seed, temperature)
+    else:
+        result = sample_sharded(run.prior()().tempered(temperature), num, sampling.build(run), seed)
+        z = result.z
+    name = "base" if base else sampling.sampler
+    path = output or run.folder / "samples" / f"{name}-temperature-{temperature:g}-seed-{seed}.safetensors"
+    x = decoded(run, vae, z, seed)
+    if processes().is_main_process:
+        _write(path, {"z": z.cpu(), "x": x})
+        _picture(path.with_suffix(".png"), [(f"{name}, temperature {temperature:g}", x[:100])])
+    processes().wait_for_everyone()
+    return path, result
+
+
+@torch.no_grad()
+def reconstruct(run: Run, num: int, output: Path | None = None) -> Path:
+    """The first `num` test examples, and the decoder's mean at their codes' mean."""
+    originals, reconstructions = reconstructions_of(run, run.vae(), run.dataset.splits.test[:num])
+    path = output or run.folder / "samples" / "reconstructions.safetensors"
+    _write(path, {"x": originals, "reconstruction": reconstructions})
+    _picture(path.with_suffix(".png"), [("test examples", originals[:100]), ("reconstructions", reconstructions[:100])])
+    return path
+
+
+@torch.no_grad()
+def reconstructions_of(run: Run, vae: VAE, examples: Tensor) -> tuple[Tensor, Tensor]:
+    """Examples as they are stored [N, …] → the same as pictures, and their reconstructions."""
+    x = run.on_device(examples)
+    with _random.scoped(run.recipe.seed):
+        codes = [vae.encode(run.recipe.evaluation_transform(part)).mean for part in x.split(ROWS_AT_ONCE)]
+    originals = x.float() / (run.dataset.levels or 1)
+    return originals.cpu(), run.recipe.pictures(decode_mean(vae, torch.cat(codes))).cpu()
+
+
+@torch.no_grad()
+def interpolate(run: Run, rows: int, steps: int, output: Path | None = None) -> Path:
+    """Between the codes' means of pairs of test examples, `steps` points each on the arc between them.
+
+    Spherical interpolation keeps to the norms that codes have: White, "Sampling generative networks", 2016.
+    """
+    vae, test = run.vae(), run.dataset.splits.test
+    if 2 * rows > len(test):
+        raise ValueError(f"interpolate: rows must be ≤ {len(test) // 2}, got {rows}")
+    with _random.scoped(run.recipe.seed):
+        first, second = vae.encode(run.recipe.evaluation_transform(run.on_device(test[: 2 * rows]))).mean.chunk(2)
+    z = spherical(first, second, torch.linspace(0, 1, steps, device=first.device))  # [rows, steps, D]
+    x = run.recipe.pictures(decode_mean(vae, z.flatten(0, 1))).cpu()
+    path = output or run.folder / "samples" / "interpolation.safetensors"
+    _write(path, {"z": z.flatten(0, 1).cpu(), "x": x})
+    _picture(path.with_suffix(".png"), [("interpolation between test examples", x)], columns=steps)
+    return path
+
+
+def spherical(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Points [B, T, D] on the arcs from a to b [B, D] at t [T] in [0, 1]; straight where they are parallel."""
+    angle = torch.arccos(torch.cosine_similarity(a, b, dim=1).clamp(-1, 1))[:, None, None]
+    t = t[None, :, None]
+    weights = [torch.sin((1 - t) * angle) / torch.sin(angle), torch.sin(t * angle) / torch.sin(angle)]
+    straight = angle.sin().abs() < 1e-4
+    first, second = (torch.where(straight, linear, w) for linear, w in zip((1 - t, t), weights, strict=True))
+    return first * a[:, None] + second * b[:, None]
+
+
+def overview(run: Run) -> Path:
+    """One picture to show: test examples, samples of both priors, and what training examples are nearest to them."""
+    e, seed, vae, prior = run.recipe.evaluation, run.recipe.seed, run.vae(), run.prior()
+    dataset, num = run.dataset, e.pictures
+    test, train = (part.float() / (dataset.levels or 1) for part in (dataset.splits.test[:num], dataset.splits.train))
+    base = decoded(run, vae, from_base(vae.prior_distribution(), num, seed), seed)
+    ncp = decoded(run, vae, sample_sharded(prior(), num, SIR(e.sir_proposals), seed).z, seed)
+    panels = [("test examples", test), ("base prior", base), ("noise contrastive prior", ncp)]
+    if len(run.recipe.shape) == 3:
+        nearest = train[nearest_neighbours(ncp, train).indices[:, 0]]
+        panels.append(("nearest training examples", nearest))
+    path = run.folder / "samples" / "overview.png"
+    path.parent.mkdir(exist_ok=True)
+    _picture(path, panels)
+    return path
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_file(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def _picture(path: Path, panels: list[tuple[str, Tensor]], columns: int | None = None) -> None:
+    if panels[0][1].dim() == 4:
+        plots.save_images(path, panels, columns)
+    elif panels[0][1].shape[1:] == (2,):
+        plots.save_scatter(path, panels, limit=float(max(x.abs().max() for _, x in panels)) * 1.05)

@@ -1,0 +1,204 @@
+"""Both stages of a run, and what they leave in its folder."""
+
+import dataclasses
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from .. import _random
+from ..data import Dataset
+from ..priors import GaussianMixture, NoiseContrastivePrior, Normal
+from ..recipes import Recipe, StageTwo, initialised
+from ..train import NCPResult, TrainResult, fit_ncp, fit_vae
+from ..train.execution import processes
+from ..vae import VAE
+from .folder import Run, as_json, new_run, write_json
+
+MIN_VALIDATION = 2000  # codes to validate a classifier on; small data sets are gone through several times
+BASE_CODES = 50_000  # codes that a base prior is fitted to
+
+
+def train(
+    folder: Path,
+    name: str,
+    recipe: Recipe,
+    command: str,
+    resume: str = "never",
+    device: str = "auto",
+    data_folder: str | None = None,
+    progress: bool = True,
+) -> tuple[Run, TrainResult]:
+    """Stage one: train the recipe's VAE in `folder` and save it there as `vae/`.
+
+    Every process of a distributed run calls this.
+
+    Args:
+        folder: of the run; made where it is missing.
+        name: of the recipe.
+        recipe: with its settings.
+        command: the command line, for the report.
+        resume: "never", "auto" or the path of a checkpoint; see `fit_vae`.
+        device: "auto", "cpu", "cuda", …
+        data_folder: holds data sets; see `ncpvae.data.load`.
+        progress: show a progress bar.
+    """
+    with processes().main_process_first():
+        run = new_run(folder, name, recipe, command, device, data_folder)
+    dataset = run.dataset
+    examples, validation = placed(dataset.splits.train, run.device), placed(dataset.splits.validation, run.device)
+    vae = initialised(recipe.seed, lambda: recipe.vae(mean_of(dataset))).to(run.device)
+    result = fit_vae(
+        vae,
+        examples,
+        validation=validation,
+        transform=recipe.transform,
+        validation_transform=recipe.evaluation_transform,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        lr=recipe.lr,
+        schedule=recipe.lr_schedule(),
+        kl_weight=recipe.kl_weight,
+        validate_every=recipe.validate_every,
+        patience=recipe.patience,
+        seed=recipe.seed,
+        execution=recipe.execution,
+        folder=folder,
+        resume=resume,
+        settings={"recipe": name, "data": recipe.data},
+        progress=progress,
+    )
+    if processes().is_main_process:
+        vae.save_pretrained(folder / "vae")
+        run.update(
+            data={"source": dataset.source, "caution": dataset.caution},
+            stage_one={"steps": result.steps, "best_step": result.best_step, "seconds": result.seconds},
+        )
+    processes().wait_for_everyone()
+    return run, result
+
+
+def fit_prior(
+    run: Run,
+    stage: StageTwo | None = None,
+    command: str = "",
+    resume: str = "never",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> NCPResult:
+    """Stage two: train a noise contrastive prior for the run's VAE and save it as `prior/model/`.
+
+    Args:
+        run: with a trained VAE.
+        stage: settings that take the place of the recipe's.
+        command: the command line, for the report.
+        resume: see `train`.
+        overwrite: delete the prior that the run has, and its checkpoints.
+        progress: show a progress bar.
+    """
+    recipe = run.recipe if stage is None else replace(run.recipe, prior=stage)
+    stage = recipe.prior
+    dataset, vae = run.dataset, run.vae()
+    if overwrite and processes().is_main_process:
+        shutil.rmtree(run.prior_folder, ignore_errors=True)
+    processes().wait_for_everyone()
+    examples, validation = (placed(part, run.device) for part in dataset.splits[:2])
+    base = base_prior(vae, recipe, examples)
+    classifier = initialised(recipe.seed, recipe.classifier)
+    prior = NoiseContrastivePrior(base, classifier).to(run.device)
+    times = -(-MIN_VALIDATION // len(validation))
+    result = fit_ncp(
+        prior,
+        vae=vae,
+        data=examples,
+        validation=validation.repeat_interleave(times, 0),
+        transform=recipe.transform,
+        validation_transform=recipe.evaluation_transform,
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        lr=stage.lr,
+        schedule=stage.schedule,
+        label_smoothing=stage.label_smoothing,
+        validate_every=stage.validate_every,
+        patience=stage.patience,
+        seed=recipe.seed,
+        execution=stage.execution,
+        folder=run.prior_folder,
+        resume=resume,
+        settings={"recipe": run.name, "base": stage.base},
+        progress=progress,
+    )
+    with _random.scoped(recipe.seed):
+        log_z = prior.estimate_log_normalizer(stage.log_z_samples)
+    figures = {key: value for key, value in dataclasses.asdict(result).items() if key != "history"}
+    if processes().is_main_process:
+        protocol = {"recipe": run.name, "data": dataset.source, "settings": as_json(stage), **figures}
+        prior.save_pretrained(run.prior_folder / "model", protocol=protocol)
+        write_json(run.prior_folder / "result.json", {**figures, "log_normalizer": log_z._asdict()})
+        commands = run.config["commands"]
+        run.update(settings=as_json(recipe), commands=[*commands, *([command] if command not in commands else [])])
+    processes().wait_for_everyone()
+    return result
+
+
+def base_prior(vae: VAE, recipe: Recipe, examples: Tensor) -> nn.Module | Distribution:
+    """The base that the recipe asks for: the VAE's prior, or one fitted to codes drawn from q(z|x)."""
+    if recipe.prior.base == "prior":
+        return vae.prior
+    with torch.no_grad(), _random.scoped(recipe.seed):
+        parts = examples[:BASE_CODES].split(1024)
+        device = next(vae.parameters()).device
+        codes = torch.cat([vae.encode(recipe.evaluation_transform(x.to(device))).sample() for x in parts])
+    return Normal.fit(codes) if recipe.prior.base == "normal" else GaussianMixture.fit(codes, seed=recipe.seed)
+
+
+def mean_of(dataset: Dataset) -> Tensor:
+    """The mean training example, pixels in [0, 1]."""
+    examples = dataset.splits.train
+    total = sum(part.double().sum(0) for part in examples.split(4096))
+    assert isinstance(total, Tensor)
+    return (total / len(examples) / (dataset.levels or 1)).float()
+
+
+def placed(examples: Tensor, device: torch.device) -> Tensor:
+    """The examples on the device where they take at most a quarter of its free memory, else where they are."""
+    if device.type != "cuda":
+        return examples
+    free, _ = torch.cuda.mem_get_info(device)
+    return examples.to(device) if examples.nbytes <= free // 4 else examples.pin_memory()
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe would need, without reading data: parameters, and an estimate of memory in bytes.
+
+    Weights, gradients and Adam's two moments in float32, and the activations that a step keeps for its backward pass,
+    counted on two examples and scaled to the batch. Workspace of kernels and the framework itself come on top.
+    """
+    vae, classifier = initialised(recipe.seed, recipe.vae), initialised(recipe.seed, recipe.classifier)
+    parameters = {"VAE": _count(vae), "classifier": _count(classifier)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _random.scoped(0):
+        x = torch.zeros(2, *recipe.shape)
+        out = vae(x)
+        (out.likelihood.log_prob(x).sum() + out.posterior.log_prob(out.z).sum()).backward()
+    activations = sum(size for pointer, size in kept.items() if pointer not in own)
+    per_forward = -(-recipe.batch_size // recipe.execution.gradient_accumulation)
+    memory = {
+        "weights, gradients, optimiser": 16 * parameters["VAE"],
+        "activations of a batch": activations * per_forward // 2,
+    }
+    return {"parameters": parameters, "memory": memory}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

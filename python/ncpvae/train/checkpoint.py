@@ -1,0 +1,164 @@
+"""Checkpoints of a run: everything needed to go on as if it had never stopped.
+
+`checkpoints/step-00000500/` holds accelerate's own state (weights, optimiser, gradient scaler), the best and the
+averaged weights as safetensors, and `trainer.json`. It is written under a temporary name and renamed when complete.
+"""
+
+import json
+import math
+import pickle
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._distributed import ranks
+from .._files import atomic_folder, load_weights, read_json, write_atomic
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+FORMAT, VERSION = "ncpvae-checkpoint", 1
+STATE_FILE = "trainer.json"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be resumed from; the message names the file and what is wrong with it."""
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints below `folder`, oldest first."""
+    found = (p for p in folder.glob("step-*") if NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def save(
+    folder: Path,
+    accelerator: "Accelerator",
+    step: int,
+    state: dict[str, Any],
+    tensors: dict[str, dict[str, Tensor]],
+    keep: int,
+) -> Path:
+    """Write `folder/step-…` atomically and drop all but the last `keep`; all processes call it together.
+
+    Args:
+        state: JSON-able; what `load` returns.
+        tensors: name → state dict, each written to `<name>.safetensors`.
+    """
+    path = folder / f"step-{step:08d}"
+    main = accelerator.is_main_process
+    with atomic_folder(path) if main else nullcontext() as temporary:
+        writing = Path(ranks().gather(str(temporary))[0])
+        accelerator.save_state(str(writing))
+        if main:
+            for name, state_dict in tensors.items():
+                save_file({k: v.contiguous().clone() for k, v in state_dict.items()}, writing / f"{name}.safetensors")
+        accelerator.wait_for_everyone()
+        if main:
+            sizes = {p.name: p.stat().st_size for p in sorted(writing.iterdir()) if p.is_file()}
+            record = {"format": FORMAT, "version": VERSION, "step": step, "files": sizes, "state": state}
+            write_atomic(writing / STATE_FILE, json.dumps(record) + "\n")
+    if main:
+        unfinished = folder.glob(".step-*.tmp")  # by a process that was killed
+        for old in (*checkpoints_in(folder)[:-keep], *unfinished):
+            shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def load(
+    path: Path,
+    accelerator: "Accelerator",
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    expected: dict[str, Any],
+) -> tuple[int, dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Bring module and optimiser to where they were at `path`; the step, the state and the tensors that were saved.
+
+    Args:
+        expected: settings of the run that goes on, which must be those in the state's "settings".
+
+    Raises:
+        CheckpointError: for damaged or foreign files, other settings, or shapes that do not fit. Nothing in a file is
+            ever executed: weights are safetensors, and the optimiser's state is unpickled with `weights_only=True`.
+    """
+    try:
+        record = read_json(path / STATE_FILE, "checkpoint")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    step, state = _checked(path, record, expected)
+    names = [name for name in record["files"] if name.endswith(".safetensors") and not name.startswith("model")]
+    try:
+        tensors = {name.removesuffix(".safetensors"): load_weights(path / name) for name in names}
+        if (path / "model.safetensors").is_file():  # absent where accelerate shards the weights (FSDP)
+            _check_shapes(path / "model.safetensors", load_weights(path / "model.safetensors"), module)
+        accelerator.load_state(str(path))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"checkpoint {path} cannot be read ({type(error).__name__}): {reason}") from error
+    for parameter, slots in optimizer.state.items():
+        for name, slot in slots.items():
+            if isinstance(slot, Tensor) and slot.dim() and slot.shape != parameter.shape:
+                raise CheckpointError(
+                    f"checkpoint {path}: the optimiser's {name} must have shape {tuple(parameter.shape)}, "
+                    f"got {tuple(slot.shape)}"
+                )
+    return step, state, tensors
+
+
+def _checked(path: Path, record: dict[str, Any], expected: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Step and state of a record whose format, files and settings are as they should be."""
+    file = path / STATE_FILE
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: format must be {FORMAT!r}, got {record.get('format')!r}")
+    if record.get("version") != VERSION:
+        raise CheckpointError(
+            f"{file}: version must be {VERSION}, got {record.get('version')!r}; it was written by another ncpvae"
+        )
+    step, state, files = (record.get(key) for key in ("step", "state", "files"))
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"{file}: step must be an integer ≥ 0, got {step!r}")
+    if not isinstance(state, dict) or not isinstance(files, dict):
+        raise CheckpointError(f"{file}: state and files must be objects")
+    for name, size in files.items():
+        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise CheckpointError(f"{file}: {name!r} is not the name of a file beside it")
+        if (path / name).is_symlink() or not (path / name).is_file():
+            raise CheckpointError(f"checkpoint {path}: file {name!r} is missing, or not a plain file")
+        if (path / name).stat().st_size != size:
+            raise CheckpointError(
+                f"checkpoint {path}: file {name!r} must have {size} bytes, got {(path / name).stat().st_size}"
+            )
+    settings = state.get("settings")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: settings must be an object, got {type(settings).__name__}")
+    for key, value in expected.items():
+        if settings.get(key) != value:
+            raise CheckpointError(
+                f"checkpoint {path} is of a run with {key} = {settings.get(key)!r}, this one has {value!r}"
+            )
+    return step, state
+
+
+def _check_shapes(file: Path, weights: dict[str, Tensor], module: nn.Module) -> None:
+    own = {name.removeprefix("module."): tensor.shape for name, tensor in module.state_dict().items()}
+    for name, tensor in weights.items():
+        if name not in own:
+            raise CheckpointError(f"{file}: weight {name!r} is not one of the model's")
+        if tensor.shape != own[name]:
+            raise CheckpointError(f"{file}: {name!r} must have shape {tuple(own[name])}, got {tuple(tensor.shape)}")
+
+
+def finite(module: nn.Module) -> bool:
+    """Whether all parameters are finite: a checkpoint of others would be of no use."""
+    norms = [p.detach().abs().max() for p in module.parameters() if p.numel() and p.is_floating_point()]
+    return not norms or math.isfinite(float(torch.stack([n.float() for n in norms]).max()))

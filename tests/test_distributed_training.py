@@ -1,0 +1,159 @@
+"""Training in two real processes against one: the same weights to rounding, logs, checkpoints, ways to stop."""
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_processes
+from torch import nn
+
+from ncpvae import (
+    VAE,
+    MLPClassifier,
+    MLPDecoder,
+    MLPEncoder,
+    NoiseContrastivePrior,
+    Normal,
+    NormalLikelihood,
+    fit_ncp,
+    fit_vae,
+)
+from ncpvae.train import Execution
+from ncpvae.train.batches import minibatches
+from ncpvae.train.checkpoint import checkpoints_in
+from ncpvae.train.engine import train
+from ncpvae.train.log import read_metrics
+
+DATA = torch.randn(256, 4, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 2.0, 0.5, 1.0])
+
+
+def parts(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = VAE(MLPEncoder(4, [32], 3), MLPDecoder(3, [32], (4,)), NormalLikelihood(0.3), Normal(3))
+        return vae, NoiseContrastivePrior(vae.prior, MLPClassifier(3, (32,)))
+
+
+def both_stages(folder, accumulation, resume="never"):
+    """Both stages, with noise in each; the weights and the history, the same in whatever process."""
+    vae, prior = parts()
+    execution = Execution(
+        gradient_accumulation=accumulation, max_grad_norm=5.0, ema_decay=0.9, check_every=5, checkpoint_every=10
+    )
+    common = {"batch_size": 32, "steps": 40, "progress": False, "execution": execution, "resume": resume}
+    one = fit_vae(vae, DATA, validation=DATA[:50], lr=5e-3, folder=folder and Path(folder, "vae"), **common)
+    two = fit_ncp(prior, vae=vae, data=DATA, validation=DATA[:50], folder=folder and Path(folder, "ncp"), **common)
+    weights = torch.cat([p.detach().flatten() for m in (vae, prior.classifier) for p in m.parameters()])
+    return weights, one.history, two.history
+
+
+def without_noise(batch_size=32):
+    """A loss without noise does not know how a batch is cut: two processes are one with the whole batch."""
+    model = nn.Linear(4, 4)
+    nn.init.eye_(model.weight)
+    nn.init.zeros_(model.bias)
+    train(
+        model,
+        lambda i: {"loss": (model(DATA[i]) - DATA[i].square()).square().mean()},
+        lambda start: minibatches(len(DATA), batch_size, 0, start),
+        steps=30,
+        lr=1e-2,
+        progress=False,
+    )
+    return model.weight.detach().clone()
+
+
+def in_two(folder):
+    return both_stages(folder, 1), without_noise()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return folder, run_processes(in_two, 2, str(folder), timeout=120)
+
+
+def test_two_processes_train_as_one_does_with_twice_the_accumulation(two, tmp_path):
+    _, results = two
+    expected, *histories = both_stages(tmp_path, 2)
+    for (weights, *their), _ in results:
+        assert torch.allclose(weights, expected, atol=2e-4)
+        for ours, theirs in zip(histories, their, strict=True):
+            assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+            for mine, other in zip(ours, theirs, strict=True):
+                assert mine == pytest.approx(other, rel=1e-2)
+    assert torch.equal(results[0][0][0], results[1][0][0]), "both processes end with the same weights"
+    other, *_ = both_stages(None, 1)
+    assert not torch.allclose(other, expected, atol=2e-3), "noise drawn otherwise would be seen"
+
+
+def test_without_noise_two_processes_are_one_with_the_whole_batch(two):
+    expected = without_noise()
+    for _, weight in two[1]:
+        assert torch.allclose(weight, expected, atol=1e-5)
+    assert not torch.allclose(without_noise(16), expected, atol=1e-3)
+
+
+def test_one_process_writes(two):
+    folder, _ = two
+    steps = [r["step"] for r in read_metrics(folder / "vae" / "metrics.jsonl") if r["split"] == "train"]
+    assert steps == sorted(set(steps)) and len(steps) == 8
+    assert [p.name for p in checkpoints_in(folder / "vae" / "checkpoints")] == [f"step-000000{n}" for n in (20, 30, 40)]
+
+
+def test_a_run_of_two_processes_is_resumed_by_one(two, tmp_path):
+    """At 30 of 40 steps, with the accumulation that makes the same shards."""
+    folder, results = two
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "run")
+    for stage in ("vae", "ncp"):
+        shutil.rmtree(checkpoints_in(tmp_path / "run" / stage / "checkpoints")[-1])
+    weights, *_ = both_stages(tmp_path / "run", 2, resume="auto")
+    assert torch.allclose(weights, results[0][0][0], atol=2e-4)
+
+
+def diverging():
+    model = nn.Linear(4, 1)
+    rank = int(os.environ["RANK"])
+    calls = iter(range(1, 1000))
+
+    def loss(index):
+        bad = rank == 1 and next(calls) == 7
+        return {"total": model(DATA[index]).square().mean() * (math.nan if bad else 1.0)}
+
+    try:
+        train(model, loss, lambda s: minibatches(256, 32, 0, s), steps=60, lr=1e-3, progress=False)
+    except FloatingPointError as error:
+        return str(error)
+
+
+def stopped(folder):
+    model = nn.Linear(4, 1)
+    calls = iter(range(1, 10**9))
+
+    def loss(index):
+        if int(os.environ["RANK"]) == 1 and next(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)  # one of the two is told; both must stop at the same step
+        return {"total": model(DATA[index]).square().mean()}
+
+    try:
+        train(model, loss, lambda s: minibatches(256, 32, 0, s), steps=10**6, lr=1e-3, progress=False,
+              folder=Path(folder), execution=Execution(check_every=10))  # fmt: skip
+    except KeyboardInterrupt as error:
+        return str(error)
+
+
+def test_what_happens_to_one_process_stops_both(tmp_path):
+    first, second = run_processes(diverging_then_stopped, 2, str(tmp_path), timeout=120)
+    for diverged, stopped_at in (first, second):
+        assert "step 7: loss term 'total' is nan" in diverged
+        assert "after step 10 of 1000000" in stopped_at
+    assert (tmp_path / "checkpoints" / "step-00000010").is_dir()
+
+
+def diverging_then_stopped(folder):
+    return diverging(), stopped(folder)

@@ -1,0 +1,244 @@
+"""A run from its recipe to its page, and everything that can be asked of its folder."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ncpvae import NoiseContrastivePrior
+from ncpvae.recipes import RECIPES, Recipe, StageTwo, from_dict
+from ncpvae.runs import evaluation, open_run, reporting, sampling, training
+from ncpvae.runs.folder import as_json, new_run
+from ncpvae.vae import VAE
+
+pytest.importorskip("sklearn")
+
+
+def small(seed=0):
+    recipe = replace(RECIPES["digits"], steps=60, seed=seed, channels=(8, 16))
+    e = replace(recipe.evaluation, importance_samples=20, snis_proposals=20, sir_proposals=50, samples=60, pictures=9)
+    return replace(recipe, evaluation=e, prior=replace(recipe.prior, steps=40, hidden=(16,), log_z_samples=500))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    run, _ = training.train(folder, "digits", small(), "ncpvae train digits", progress=False)
+    training.fit_prior(run, command="ncpvae fit-prior digits", progress=False)
+    return open_run(folder)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_frozen_documented_and_go_through_json(name):
+    recipe = RECIPES[name]
+    assert isinstance(recipe, Recipe) and recipe.__doc__ and len(recipe.__doc__) > 100
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.steps = 1
+    assert from_dict(recipe, json.loads(json.dumps(as_json(recipe))), "test") == recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_models_fit_each_other(name):
+    recipe = RECIPES[name]
+    if name == "images-conv":  # the same architecture, for a smaller picture
+        recipe = replace(recipe, shape=(3, 16, 16), channels=(8, 16))
+    vae, classifier = recipe.vae(), recipe.classifier()
+    x = torch.zeros(4, *recipe.shape, dtype=torch.float32 if len(recipe.shape) == 1 else torch.uint8)
+    out = vae(recipe.transform(x))
+    assert out.likelihood.log_prob(recipe.transform(x, training=False)).shape == (4,)
+    assert classifier(out.z).shape == (4,)
+    assert recipe.pictures(out.likelihood.mean).shape == x.shape
+    assert set(training.plan(recipe)["parameters"]) == {"VAE", "classifier"}
+
+
+def test_the_planned_memory_counts_parameters_and_activations():
+    recipe = RECIPES["mnist-mlp"]
+    plan = training.plan(recipe)
+    vae = recipe.vae()
+    assert plan["parameters"]["VAE"] == sum(p.numel() for p in vae.parameters())
+    kept = plan["memory"]["activations of a batch"]
+    assert kept > 4 * recipe.batch_size * (784 + 4 * 300)  # input and the hidden layers at least
+    twice = training.plan(replace(recipe, batch_size=2 * recipe.batch_size))
+    assert twice["memory"]["activations of a batch"] == 2 * kept
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "stepz is no field of Digits"),
+        ({"prior": 3}, "prior must be an object"),
+        ({"shape": 3}, "shape must be a list"),
+        ({"steps": "many"}, "steps must be like 3000, got 'many'"),
+        ({"execution": {"gradient_accumulation": 0}}, "gradient_accumulation must be ≥ 1"),
+    ],
+)
+def test_damaged_settings_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(RECIPES["digits"], values, "config.json")
+
+
+def test_a_run_holds_what_it_should(run):
+    names = {str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file()}
+    wanted = {"config.json", "metrics.jsonl", "vae/config.json", "vae/model.safetensors", "prior/metrics.jsonl"}
+    assert wanted | {"prior/result.json", "prior/model/config.json", "prior/model/model.safetensors"} <= names
+    config = run.config
+    assert config["commands"] == ["ncpvae train digits", "ncpvae fit-prior digits"]
+    assert config["settings"]["steps"] == 60 and config["environment"]["torch"] == torch.__version__
+    assert run.recipe == small()
+
+
+def test_vae_and_prior_are_read_back(run):
+    vae, prior = run.vae(), run.prior()
+    assert isinstance(vae, VAE) and isinstance(prior, NoiseContrastivePrior) and not vae.training
+    assert prior.protocol["recipe"] == "digits" and prior.protocol["settings"]["steps"] == 40
+    assert torch.isfinite(prior.log_prob(torch.zeros(10)))
+    assert torch.equal(
+        VAE.from_pretrained(run.folder / "vae").decode(torch.zeros(1, 10)).mean, vae.decode(torch.zeros(1, 10)).mean
+    )
+
+
+def test_the_same_seed_gives_the_same_weights(run, tmp_path):
+    weights = {}
+    for seed in (0, 1):
+        again, _ = training.train(tmp_path / str(seed), "digits", small(seed), "again", progress=False)
+        training.fit_prior(again, progress=False)
+        weights[seed] = [load_file(again.folder / part / "model.safetensors") for part in ("vae", "prior/model")]
+    first = [load_file(run.folder / part / "model.safetensors") for part in ("vae", "prior/model")]
+    for mine, theirs in zip(first, weights[0], strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert any(not torch.equal(first[0][name], weights[1][0][name]) for name in first[0])
+
+
+def test_evaluation_measures_and_keeps_its_protocols(run):
+    figures = {f.name: f for f in evaluation.evaluate(run)}
+    assert set(figures) >= {evaluation.NLL, evaluation.JSD, "log Ẑ", "density", "coverage", "memorisation C_T"}
+    nll = figures[evaluation.NLL]
+    assert nll.base > 0 and nll.ncp > 0 and "20 draws per example, 300 examples" in nll.protocol
+    gain = figures["gain per example, SNIS bound"]
+    assert gain.ncp == pytest.approx(nll.base - nll.ncp, abs=1e-3)
+    assert evaluation.read_figures(run.folder) == list(figures.values())
+    table = evaluation.table_of(list(figures.values()))
+    assert evaluation.NLL in table and f"{nll.ncp:.4g}" in table
+    assert evaluation.compare([run.folder, run.folder]).count("digits: NCP") == 2
+
+
+def test_evaluation_without_a_prior_measures_the_base(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("prior"))
+    figures = evaluation.evaluate(open_run(tmp_path / "run"))
+    assert figures[0].base > 0 and all(f.ncp is None for f in figures)
+    assert reporting.report(open_run(tmp_path / "run")).is_file()
+
+
+def test_the_page_shows_the_run(run):
+    evaluation.evaluate(run)
+    text = reporting.report(run).read_text()
+    for part in ("digits", "ncpvae fit-prior digits", evaluation.NLL, "Nearest training", "Reconstructions", "Latent"):
+        assert part in text, part
+
+
+def test_samples_are_reproducible_and_of_both_priors(run, tmp_path):
+    files = []
+    for i, base in enumerate((False, False, True)):
+        path, result = sampling.sample(
+            run, 12, sampling.Sampling(), 0.8, base, seed=3, output=tmp_path / f"{i}.safetensors"
+        )
+        assert (result is None) == base and path.with_suffix(".png").is_file()
+        files.append(load_file(path))
+    assert files[0]["z"].shape == (12, 10) and files[0]["x"].shape == (12, 1, 8, 8)
+    assert torch.equal(files[0]["z"], files[1]["z"]) and not torch.equal(files[0]["z"], files[2]["z"])
+
+
+def test_reconstructions_and_interpolations(run):
+    made = load_file(sampling.reconstruct(run, 5))
+    assert made["x"].shape == made["reconstruction"].shape == (5, 1, 8, 8)
+    between = load_file(sampling.interpolate(run, 3, 4))
+    assert between["x"].shape == (12, 1, 8, 8)
+    with pytest.raises(ValueError, match="rows must be ≤ 150, got 200"):
+        sampling.interpolate(run, 200, 4)
+
+
+def test_spherical_interpolation_keeps_the_norm_and_ends():
+    a, b = torch.nn.functional.normalize(torch.randn(2, 5, 3), dim=-1)
+    path = sampling.spherical(a, b, torch.linspace(0, 1, 7))
+    assert torch.allclose(path.norm(dim=-1), torch.ones(5, 7), atol=1e-5)
+    assert torch.allclose(path[:, 0], a, atol=1e-6) and torch.allclose(path[:, -1], b, atol=1e-6)
+    straight = sampling.spherical(a, 2 * a, torch.linspace(0, 1, 3))
+    assert torch.allclose(straight[:, 1], 1.5 * a)
+
+
+def test_langevin_samples_and_a_refitted_base(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    copy = open_run(tmp_path / "run")
+    stage = replace(copy.recipe.prior, base="normal", steps=20)
+    with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
+        training.fit_prior(copy, stage, progress=False)
+    training.fit_prior(copy, stage, overwrite=True, progress=False)
+    again = open_run(tmp_path / "run")
+    assert again.recipe.prior == stage
+    assert not torch.equal(again.prior().base.mean, torch.zeros(10))
+    assert "test NLL of the refitted base" in {f.name for f in evaluation.evaluate(again)}
+    _, result = sampling.sample(again, 4, sampling.Sampling("langevin", langevin_steps=5))
+    assert result.diagnostics.stopped == "num_steps"
+
+
+def test_other_settings_do_not_go_into_the_same_folder(run):
+    with pytest.raises(ValueError, match=r"is of another run \(steps = 60, now 61\); take another --output"):
+        new_run(run.folder, "digits", replace(small(), steps=61), "again")
+    with pytest.raises(ValueError, match="is of another run"):
+        new_run(run.folder, "gaussians", RECIPES["gaussians"], "again")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not the folder of a run"),
+        ("{", "no usable JSON"),
+        ('{"format": "ncpvae-run", "version": 9}', "must be 'ncpvae-run' of version 1"),
+        ('{"format": "ncpvae-run", "version": 1, "recipe": "nope"}', "recipe must be one of"),
+        ('{"format": "ncpvae-run", "version": 1, "recipe": "digits", "settings": 3}', "settings must be an object"),
+    ],
+)
+def test_what_is_no_run_is_said_to_be_none(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises((OSError, ValueError), match=message):
+        open_run(tmp_path)
+
+
+def test_unfinished_runs_say_what_to_do(tmp_path):
+    run = new_run(tmp_path, "digits", small(), "x")
+    with pytest.raises(OSError, match="no trained VAE yet: finish it with --resume auto"):
+        run.vae()
+    with pytest.raises(OSError, match="no noise contrastive prior yet: ncpvae fit-prior"):
+        run.prior()
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
+        open_run(tmp_path, device="toaster")
+
+
+def test_the_shape_must_be_that_of_the_data(tmp_path):
+    with pytest.raises(ValueError, match=r"that of the examples of 'digits', \(1, 8, 8\), got \(1, 28, 28\)"):
+        training.train(tmp_path, "mnist-mlp", replace(RECIPES["mnist-mlp"], data="digits"), "x", progress=False)
+
+
+def test_mnist_from_end_to_end(data_folder, tmp_path):
+    pytest.importorskip("datasets")
+    recipe = RECIPES["mnist-mlp"]
+    e = replace(
+        recipe.evaluation,
+        importance_samples=2,
+        snis_proposals=8,
+        sir_proposals=20,
+        samples=40,
+        pictures=4,
+        test_examples=50,
+    )
+    recipe = replace(recipe, steps=20, evaluation=e, prior=StageTwo((8,), steps=10, log_z_samples=100))
+    run, result = training.train(tmp_path, "mnist-mlp", recipe, "x", data_folder=data_folder, progress=False)
+    assert result.history[-1]["validation_loss"] < 400
+    training.fit_prior(run, progress=False)
+    assert evaluation.evaluate(open_run(tmp_path, data_folder=data_folder))[0].base > 50
+    assert reporting.report(open_run(tmp_path, data_folder=data_folder)).stat().st_size > 50_000
