@@ -157,3 +157,27 @@ def test_what_happens_to_one_process_stops_both(tmp_path):
 
 def diverging_then_stopped(folder):
     return diverging(), stopped(folder)
+
+
+def sharded():
+    """Weights go out of a model that torch's FSDP shards, and back in."""
+    from torch.distributed.fsdp import fully_shard
+
+    from ncpvae.train.checkpoint import finite, set_weights, weights_of
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    model = fully_shard(plain)
+    out = weights_of(model)
+    assert finite(model) and all(torch.equal(before[name], out[name]) for name in before)
+    set_weights(model, {name: tensor * 2 for name, tensor in out.items()})
+    assert all(torch.equal(2 * before[name], tensor) for name, tensor in weights_of(model).items())
+    set_weights(
+        model, {name: tensor * math.nan if tensor.is_floating_point() else tensor for name, tensor in out.items()}
+    )
+    return finite(model)
+
+
+def test_weights_of_a_sharded_model_are_gathered_and_dealt_out():
+    assert run_processes(sharded, 2) == [False, False]

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -124,6 +127,24 @@ def test_evaluation_measures_and_keeps_its_protocols(run):
     table = evaluation.table_of(list(figures.values()))
     assert evaluation.NLL in table and f"{nll.ncp:.4g}" in table
     assert evaluation.compare([run.folder, run.folder]).count("digits: NCP") == 2
+
+
+def test_plain_torch_gives_the_same_figures_to_rounding(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    command = [sys.executable, "-m", "ncpvae", "evaluate", str(tmp_path / "run")]
+    figures = {}
+    for disabled in ("0", "1"):
+        done = subprocess.run(
+            command, env=os.environ | {"NCPVAE_DISABLE_NATIVE": disabled}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        figures[disabled] = evaluation.read_figures(tmp_path / "run")
+        kernels = json.loads((tmp_path / "run" / "evaluation.json").read_text())["environment"]["kernels"]
+        assert disabled == "0" or kernels == "plain torch"
+    for native, plain in zip(figures["0"], figures["1"], strict=True):
+        for side in ("base", "ncp"):
+            a, b = getattr(native, side), getattr(plain, side)
+            assert a == b or a == pytest.approx(b, rel=1e-4), f"{native.name}, {side}"
 
 
 def test_evaluation_without_a_prior_measures_the_base(run, tmp_path):

@@ -133,7 +133,7 @@ def fit_prior(
         progress=progress,
     )
     with _random.scoped(recipe.seed):
-        log_z = prior.estimate_log_normalizer(stage.log_z_samples)
+        log_z = prior.estimate_log_normalizer(stage.log_z_samples, distributed=True)
     figures = {key: value for key, value in dataclasses.asdict(result).items() if key != "history"}
     if processes().is_main_process:
         protocol = {"recipe": run.name, "data": dataset.source, "settings": as_json(stage), **figures}

@@ -160,5 +160,25 @@ def _check_shapes(file: Path, weights: dict[str, Tensor], module: nn.Module) -> 
 
 def finite(module: nn.Module) -> bool:
     """Whether all parameters are finite: a checkpoint of others would be of no use."""
-    norms = [p.detach().abs().max() for p in module.parameters() if p.numel() and p.is_floating_point()]
+    norms = [whole(p.detach().abs().max()) for p in module.parameters() if p.numel() and p.is_floating_point()]
     return not norms or math.isfinite(float(torch.stack([n.float() for n in norms]).max()))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, gathered where it is sharded over processes (FSDP), all of which must call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the module's whole state, from all processes where it is sharded."""
+    return {name: whole(tensor.detach()).clone() for name, tensor in module.state_dict().items()}
+
+
+def set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load what `weights_of` returned, into a module that may be sharded."""
+    if any(hasattr(p, "full_tensor") for p in module.parameters()):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(module, dict(weights), options=StateDictOptions(full_state_dict=True))
+    else:
+        module.load_state_dict(weights)

@@ -11,7 +11,7 @@ resumed goes on exactly, and two processes do what one process with twice the gr
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -184,6 +184,8 @@ class _Loop:
         self.module, self.optimizer = accelerator.prepare(_LossModule(model, loss), optimizer)
         self.ema: AveragedModel | None = None
         if execution.ema_decay is not None:
+            if str(accelerator.distributed_type).endswith("FSDP"):
+                raise ValueError("ema_decay must be None under FSDP, whose sharded weights are not averaged")
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(execution.ema_decay))
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "best_value": None, "best_step": 0, "stale": 0}
         self.state["history"] = []
@@ -264,6 +266,7 @@ class _Loop:
                     self._look_at(pending, bar)
                 if validating:
                     self._validate()
+                    self.state["seconds"] = time.perf_counter() - begun
                 done = self._out_of_patience()
                 if saving or stopping or (done and self.folder is not None):
                     self._save()
@@ -288,16 +291,24 @@ class _Loop:
         for i in range(accumulation):
             shard = i * self.accelerator.num_processes + self.accelerator.process_index
             _random.reseed(_random.derived_seed(self.seed, step, shard))
-            with self.accelerator.accumulate(self.module):
+            with self.accelerator.accumulate(self.module) if accumulation > 1 else nullcontext():
                 terms = self.module(shard_of(batch, shard, self.shards))
                 self.accelerator.backward(next(iter(terms.values())))
                 if self.execution.max_grad_norm is not None and self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.execution.max_grad_norm)
-                    terms = {**terms, "grad_norm": norm * accumulation}  # it is averaged below, but there is one
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                    terms = {
+                        **terms,
+                        "grad_norm": checkpoint.whole(norm) * accumulation,
+                    }  # it is averaged below, but there is one
+                if self.accelerator.scaler is not None:
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                elif i == accumulation - 1:  # accelerate's wrapper looks for packages at every step
+                    self.optimizer.optimizer.step()
+                    self.optimizer.optimizer.zero_grad()
             for name, term in terms.items():
-                total[name] = total.get(name, term.new_zeros(())) + term.detach() / accumulation
+                share = term.detach() / accumulation if accumulation > 1 else term.detach()
+                total[name] = total[name] + share if name in total else share
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         return total
@@ -366,7 +377,7 @@ class _Loop:
                 self.state["stale"] += 1
                 if self.state["best_value"] is None or value < self.state["best_value"]:
                     self.state |= {"stale": 0, "best_value": value, "best_step": step}
-                    self.best_weights = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+                    self.best_weights = checkpoint.weights_of(self.model)
             self.model.train()
             self._write({"step": step, "split": "validation", **held_out})
             record |= {f"validation_{name}": value for name, value in held_out.items()}
@@ -390,7 +401,7 @@ class _Loop:
         if self.ema is None:
             yield
             return
-        raw = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        raw = checkpoint.weights_of(self.model)
         self.model.load_state_dict(self.ema.module.state_dict())
         try:
             yield
@@ -434,7 +445,7 @@ class _Loop:
     def leave_best_weights(self) -> None:
         """End with the best weights, or the averaged ones without validation; in eval mode."""
         if self.best_weights is not None:
-            self.model.load_state_dict(self.best_weights)
+            checkpoint.set_weights(self.model, self.best_weights)
         elif self.ema is not None and self.state["step"]:
             self.model.load_state_dict(self.ema.module.state_dict())
         self.model.eval()
