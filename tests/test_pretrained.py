@@ -77,6 +77,10 @@ FAMILY = {
         lambda: ncpvae.MLPClassifier(3, range(4, 8), nn.PReLU, context_features=2),
         lambda m: m(Z, Z[:, :2]),
     ),
+    "StandardizedClassifier": (
+        lambda: ncpvae.adapters.StandardizedClassifier(ncpvae.MLPClassifier(3), torch.rand(3), torch.rand(3) + 1, 2),
+        lambda m: m.classifier(Z) + m.mean.sum() / m.std.sum() * m.multiple,
+    ),
     "ResidualClassifier": (lambda: ncpvae.ResidualClassifier(2, channels=8, blocks=1), lambda m: m(MAPS)),
     "ResidualClassifier with a context": (
         lambda: ncpvae.ResidualClassifier(2, 8, context_channels=3, blocks=1),

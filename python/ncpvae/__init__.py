@@ -4,12 +4,23 @@ A prior is a base distribution times a learned reweighting factor, p_NCP(z) ∝ 
 logit is log r. See `NoiseContrastivePrior`, `fit_ncp`, `SIR` and `Langevin`.
 """
 
-from . import metrics, objectives, ops
+from . import adapters, metrics, objectives, ops
 from .classifiers import MLPClassifier, ResidualClassifier
 from .distributions import BernoulliLikelihood, BinomialLikelihood, DiagonalMixture, NormalLikelihood, temper
+from .pretrained import Pretrained
 from .priors import GaussianMixture, LogNormalizer, NoiseContrastive, NoiseContrastivePrior, Normal
 from .samplers import SIR, Diagnostics, Langevin, SampleResult
-from .train import NCPResult, TrainingDiverged, TrainResult, fit_ncp, fit_vae
+from .sharding import sample_blocks, sample_sharded
+from .train import (
+    CheckpointError,
+    Execution,
+    NCPResult,
+    TrainingDiverged,
+    TrainingInterrupted,
+    TrainResult,
+    fit_ncp,
+    fit_vae,
+)
 from .vae import VAE, ConvDecoder, ConvEncoder, GaussianEncoder, MLPDecoder, MLPEncoder, VAEOutput
 
 __version__ = "0.1.0"
@@ -19,10 +30,12 @@ __all__ = [
     "VAE",
     "BernoulliLikelihood",
     "BinomialLikelihood",
+    "CheckpointError",
     "ConvDecoder",
     "ConvEncoder",
     "Diagnostics",
     "DiagonalMixture",
+    "Execution",
     "GaussianEncoder",
     "GaussianMixture",
     "Langevin",
@@ -35,15 +48,20 @@ __all__ = [
     "NoiseContrastivePrior",
     "Normal",
     "NormalLikelihood",
+    "Pretrained",
     "ResidualClassifier",
     "SampleResult",
     "TrainResult",
     "TrainingDiverged",
+    "TrainingInterrupted",
     "VAEOutput",
+    "adapters",
     "fit_ncp",
     "fit_vae",
     "metrics",
     "objectives",
     "ops",
+    "sample_blocks",
+    "sample_sharded",
     "temper",
 ]

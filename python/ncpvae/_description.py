@@ -33,6 +33,7 @@ CLASSES = {
     "classifiers": ("MLPClassifier", "ResidualClassifier"),
     "priors": ("Normal", "GaussianMixture", "NoiseContrastivePrior"),
     "metrics": ("FeatureClassifier",),
+    "adapters": ("StandardizedClassifier",),
 }
 #: the classes of torch.nn that it may name
 ACTIVATIONS = (

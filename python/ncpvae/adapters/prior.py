@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .. import _random
 from ..classifiers import MLPClassifier, ResidualClassifier
+from ..pretrained import Pretrained
 from ..priors import NoiseContrastivePrior, Normal
 
 HALVINGS = 4  # ResidualClassifier takes H and W that are multiples of this
@@ -64,7 +65,7 @@ def codes(
     return torch.cat(drawn)
 
 
-class StandardizedClassifier(nn.Module):
+class StandardizedClassifier(Pretrained):
     """A classifier that sees (z − mean) / std, so that it learns as fast whatever the scale of the codes.
 
     Args:
@@ -134,5 +135,5 @@ def prior_for_codes(
     if not isinstance(classifier, nn.Module):
         raise TypeError(f"prior_for_codes: classifier must be a module, got {type(classifier).__name__}")
     multiple = HALVINGS if isinstance(classifier, ResidualClassifier) else 1
-    standardized = StandardizedClassifier(classifier, spread.mean, spread.log_std.exp(), multiple)
+    standardized = StandardizedClassifier(classifier, spread.mean.clone(), spread.log_std.exp(), multiple)
     return NoiseContrastivePrior(base, standardized).to(codes.device)

@@ -86,7 +86,8 @@ def fit_ncp(
         data: [N, …], the VAE's input, or any iterable of batches of it. Codes are drawn anew at every step.
         validation: held-out codes, or held-out data where `vae` is given; otherwise the next argument's share. It must
             be given with an iterable.
-        transform: applied to every batch of data on the classifier's device; conversion to float32 by default.
+        transform: applied to every batch of data on the classifier's device; by default the VAE's `prepare` where it
+            has one, else conversion to float32.
         validation_transform: the same for held-out data; `transform` by default.
         validation_fraction: share of the examples held out.
         steps, batch_size, lr, schedule: of Adam; the paper's are 512, 1e-3 and cosine.
@@ -192,7 +193,8 @@ def fit_ncp(
         warnings.warn(
             "fit_ncp: the classifier separates posterior and base draws too easily for its ratio to be trusted "
             f"(held-out loss {loss:.3g} of at most 1.386). Bring the base closer first: fit Normal.fit or "
-            "GaussianMixture.fit to the codes, or train the VAE longer with this base.",
+            "GaussianMixture.fit to the codes (Normal.fit(codes, per='channel') to feature maps), or train the VAE "
+            "longer with this base.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -216,7 +218,7 @@ def _as_encoder(vae, transform, device, dtype) -> Callable[[Tensor], Tensor]:
     call = getattr(vae, "encode", vae)
     if not callable(call):
         raise TypeError(f"fit_ncp: vae must be a function, or a module with an encode method, got {type(vae).__name__}")
-    transform = transform or (lambda x: x.float())
+    transform = transform or getattr(vae, "prepare", None) or (lambda x: x.float())
 
     def encode(x: Tensor) -> Tensor:
         q = call(transform(x.to(device)))
