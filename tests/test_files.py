@@ -57,6 +57,16 @@ def test_atomic_folder_replaces_a_folder_as_a_whole(tmp_path, monkeypatch, excha
     assert names(tmp_path / "up") == ["run"] and names(tmp_path / "up/run/sub") == ["second"]
 
 
+def test_a_folder_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_is_done(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(_files, "_flush", lambda path: flushed.append((path.name, (tmp_path / "run").exists())))
+    with atomic_folder(tmp_path / "run") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").touch()
+    assert flushed[-1] == (tmp_path.name, True)
+    assert sorted(flushed[:-1]) == sorted([(folder.name, False), ("sub", False), ("file", False)])
+
+
 def test_atomic_folder_that_fails_leaves_the_old_one(tmp_path):
     with atomic_folder(tmp_path / "run") as folder:
         (folder / "a").write_text("old")

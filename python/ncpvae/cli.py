@@ -33,6 +33,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         device: str = "auto",
         data_dir: str | None = None,
         dry_run: bool = False,
+        page: bool = True,
         progress: bool = True,
     ) -> None:
         """Stage one: train the VAE of a recipe. Every field of the recipe is a flag.
@@ -43,6 +44,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
             device: auto, cpu, cuda, …
             data_dir: folder that holds data sets (default: $NCPVAE_DATA, then the Hugging Face hub)
             dry_run: print the resolved recipe, the number of parameters and an estimate of memory, and stop
+            page: write RUN/report.html at the end
             progress: show a progress bar
         """
         from .runs import training
@@ -59,6 +61,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         last = result.history[-1]
         shown = ", ".join(f"{key} {value:.4g}" for key, value in last.items() if key != "step")
         _say(f"{folder}: {result.steps:,} steps in {time.perf_counter() - started:.0f} s{best}; {shown}")
+        _page(run, page)
         _say(f"next: ncpvae fit-prior {shlex.quote(str(run.folder))}")
 
     def fit_prior(
@@ -68,6 +71,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         overwrite: bool = False,
         device: str = "auto",
         data_dir: str | None = None,
+        page: bool = True,
         progress: bool = True,
     ) -> None:
         """Stage two: train the noise contrastive prior of a run's VAE.
@@ -78,17 +82,20 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
             overwrite: throw away the prior that the run has, and all its checkpoints
             device: auto, cpu, cuda, …
             data_dir: folder that holds data sets
+            page: write RUN/report.html at the end
             progress: show a progress bar
         """
         from .runs import training
 
         if overwrite and resume != "never":
             raise ValueError("fit-prior: --overwrite starts afresh and --resume goes on, got both")
-        result = training.fit_prior(opened(run, device, data_dir), stage, command, resume, overwrite, progress)
+        trained = opened(run, device, data_dir)
+        result = training.fit_prior(trained, stage, command, resume, overwrite, progress)
         _say(
             f"{run}: {result.steps:,} steps in {result.seconds:.0f} s; held-out loss {result.loss:.4f} (1.386 where "
             f"q(z) and the base agree), JSD ≥ {result.jsd:.4f} nats, accuracy {result.accuracy:.3f}"
         )
+        _page(opened(run, device, data_dir), page)
         _say(f"next: ncpvae evaluate {shlex.quote(str(run))} && ncpvae report {shlex.quote(str(run))}")
 
     def sample(
@@ -127,6 +134,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         seed: int | None = None,
         device: str = "auto",
         data_dir: str | None = None,
+        page: bool = True,
     ) -> None:
         """Measure a run: likelihoods, the prior hole, sample quality, memorisation; writes RUN/evaluation.json.
 
@@ -136,11 +144,14 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
             seed: governs all draws (default: the recipe's)
             device: auto, cpu, cuda, …
             data_dir: folder that holds data sets
+            page: write RUN/report.html anew
         """
         from .runs.evaluation import evaluate as measure
         from .runs.evaluation import table_of
 
-        _say(table_of(measure(opened(run, device, data_dir), evaluation, features, seed)))
+        measured = opened(run, device, data_dir)
+        _say(table_of(measure(measured, evaluation, features, seed)))
+        _page(measured, page)
 
     def reconstruct(run: Positional[Path], num: int = 32, device: str = "auto", data_dir: str | None = None) -> None:
         """Test examples and what the VAE makes of them, as a picture in RUN/samples.
@@ -275,6 +286,20 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
     functions = (train, fit_prior, sample, evaluate, reconstruct, interpolate, compare, report, train_features)
     return {f.__name__.replace("_", "-"): f for f in (*functions, demo, bench, info)}
+
+
+def _page(run: Any, wanted: bool) -> None:
+    """The run's page at the end of a command; what it needs may be missing, and the training is done all the same."""
+    from .runs.reporting import report
+
+    if not wanted:
+        return
+    try:
+        report(run)
+    except ImportError as error:
+        _say(f"no page: {error}")
+    else:
+        _say(f"page: {run.folder / 'report.html'}")
 
 
 def _settings_of(argv: Sequence[str]) -> Any:

@@ -10,6 +10,7 @@ from ..priors import NoiseContrastivePrior
 from ..report import Metric, ReportData, Samples, write_report
 from ..samplers import SIR
 from ..sharding import sample_sharded
+from ..train.execution import processes
 from ..train.log import read_metrics
 from ..vae import VAE
 from .evaluation import FILE, JSD, NLL, read_figures
@@ -53,7 +54,11 @@ def report(run: Run) -> Path:
         metrics=figures,
         notes=notes,
     )
-    return write_report(page, run.folder / "report.html")
+    path = run.folder / "report.html"
+    if processes().is_main_process:
+        write_report(page, path)
+    processes().wait_for_everyone()
+    return path
 
 
 def summary(run: Run, figures: list[Metric]) -> str:
