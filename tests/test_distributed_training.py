@@ -181,3 +181,49 @@ def sharded():
 
 def test_weights_of_a_sharded_model_are_gathered_and_dealt_out():
     assert run_processes(sharded, 2) == [False, False]
+
+
+def tracked_then_fully_sharded(folder):
+    """Trackers leave the process group alone. Then FSDP, by pretending to accelerate that there are GPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    from ncpvae.train.execution import processes
+
+    def denoise(name, steps=20, resume="never", **options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
+
+        def error(x):
+            return (model(x) - x).square().mean()
+
+        result = train(
+            model,
+            lambda i: {"loss": error(DATA[i])},
+            lambda s: minibatches(256, 32, 0, s),
+            steps=steps,
+            lr=1e-2,
+            progress=False,
+            validate=lambda: {"error": float(error(DATA[:64]))},
+            validate_every=10,
+            folder=Path(folder, name),
+            resume=resume,
+            **options,
+        )
+        return result.history[-1]["validation_error"]
+
+    plain = denoise("plain", execution=Execution(trackers=("tensorboard",)))
+    processes().wait_for_everyone()
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    results = [plain]
+    for resume in ("never", "auto"):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        results.append(denoise("sharded", resume=resume))
+    return results
+
+
+def test_trackers_and_fsdp(tmp_path):
+    pytest.importorskip("tensorboard")
+    for plain, sharded_, resumed in run_processes(tracked_then_fully_sharded, 2, str(tmp_path), timeout=120):
+        assert sharded_ == pytest.approx(plain, rel=1e-4) and resumed == sharded_
+    assert list((tmp_path / "plain").rglob("events.out.tfevents*"))

@@ -1,20 +1,23 @@
 """The training loop as something that survives: resume, kills, signals, divergence, precision, several options."""
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 from ncpvae.train import CheckpointError, Execution, TrainingDiverged, TrainingInterrupted
-from ncpvae.train.batches import minibatches
+from ncpvae.train.batches import minibatches, source
 from ncpvae.train.checkpoint import checkpoints_in
 from ncpvae.train.engine import train
 from ncpvae.train.log import read_metrics
@@ -89,6 +92,68 @@ def test_a_stopped_run_goes_on_exactly(execution, stop_at, tmp_path):
 
 def untimed(path):
     return [{k: v for k, v in r.items() if k not in ("seconds", "samples_per_second")} for r in read_metrics(path)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"execution": Execution(compile="eager", checkpoint_every=7)}, {"execution": Execution(mixed_precision="bf16")}],
+    ids=["compiled", "bf16"],
+)
+def test_other_ways_of_execution_resume_too(options, tmp_path):
+    model, again = net(), net(seed=1)
+    fit(model, tmp_path, steps=16, **options)
+    shutil.rmtree(newest(tmp_path))
+    fit(again, tmp_path, steps=16, resume="auto", **options)
+    assert same(state(model), state(again))
+
+
+def loader_run(folder, resume="never", stop_at=None):
+    """A shuffling DataLoader with noise of its own: its order and noise too are functions of seed and step."""
+    model, seen = nn.Linear(8, 1), []
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    noisy = type("Noisy", (), {"__len__": lambda s: 64, "__getitem__": lambda s, i: DATA[i] + 0.1 * torch.randn(8)})()
+    loader = torch.utils.data.DataLoader(noisy, batch_size=16, shuffle=True)
+    batches, examples = source("test", "data", loader, 16, seed=5)
+
+    def loss(batch):
+        if stop_at is not None and len(seen) == stop_at:
+            raise KeyboardInterrupt
+        seen.append(examples(batch).sum().item())
+        return {"loss": model(examples(batch)).square().mean()}
+
+    torch.manual_seed(len(str(folder)))  # the caller's generator has no say
+    with contextlib.suppress(KeyboardInterrupt):
+        options = {"execution": Execution(checkpoint_every=3), "resume": resume, "progress": False}
+        train(model, loss, batches, steps=14, lr=1e-2, seed=5, folder=folder, **options)
+    return model.weight.detach().clone(), seen
+
+
+def test_a_shuffling_loader_is_resumed_exactly(tmp_path):
+    whole, batches = loader_run(tmp_path / "whole")
+    loader_run(tmp_path / "broken", stop_at=8)
+    resumed, rest = loader_run(tmp_path / "broken", resume="auto")
+    assert rest == batches[6:] and torch.equal(whole, resumed)
+    assert len(set(batches)) == 14, "every epoch has an order of its own"
+
+
+def test_going_back_to_an_older_checkpoint_gives_up_the_later_ones(tmp_path):
+    fit(net(), tmp_path)
+    first = checkpoints_in(tmp_path / "checkpoints")[0]
+    before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()
+    calls = iter(range(10**6))
+    model = net()
+
+    def loss(index):
+        if next(calls) == 7:
+            raise RuntimeError("stop")
+        return {"loss": model(DATA[index]).square().mean()}
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(model, tmp_path, loss=loss, resume=first, execution=Execution(checkpoint_every=5))
+    assert [p.name for p in checkpoints_in(tmp_path / "checkpoints")] == [first.name, "step-00000035"]
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
 
 
 def test_a_finished_run_resumes_to_the_same_weights(tmp_path):
@@ -330,6 +395,20 @@ def record(path, **changes):
     (path / "trainer.json").write_text(json.dumps(content))
 
 
+def change(path, **changes):
+    content = json.loads((path / "trainer.json").read_text())
+    record(path, state=content["state"] | changes)
+
+
+def without(path, name):
+    return {k: v for k, v in json.loads((path / "trainer.json").read_text())["files"].items() if k != name}
+
+
+def tensor_only(path, name):
+    torch.save(torch.zeros(3), path / name)
+    record(path, files=without(path, name) | {name: (path / name).stat().st_size})
+
+
 class Bomb:
     def __reduce__(self):
         return (os.system, ("touch " + os.environ["NCPVAE_BOMB"],))
@@ -358,6 +437,15 @@ def bomb(path, name):
         (lambda p: record(p, files={"../../etc/passwd": 10}), "not the name of a file beside it"),
         (lambda p: record(p, state={}), "settings must be an object"),
         (lambda p: record(p, state={"settings": {"seed": 5}}), "is of a run with steps = None"),
+        (lambda p: record(p, step=1000), "step must be 15, as the folder is named, got 1000"),
+        (lambda p: (p / "more").mkdir(), "must hold files alone, got the folder 'more'"),
+        (lambda p: change(p, best_value="low"), "best_value must be a number, got str"),
+        (lambda p: change(p, stale=None), "stale must be an integer"),
+        (lambda p: change(p, history="abc"), "history must be a list of records"),
+        (lambda p: change(p, history=[]), "history must hold the best step 15"),
+        (lambda p: change(p, since_log={"sums": {"a": "b"}}), "running means must be numbers"),
+        (lambda p: record(p, files=without(p, "best.safetensors")), "best.safetensors does not hold the weights"),
+        (lambda p: tensor_only(p, "optimizer.bin"), "cannot be read"),
     ],
 )
 def test_a_bad_checkpoint_is_a_clear_error_and_runs_nothing(harm, message, tmp_path, monkeypatch):
@@ -380,6 +468,10 @@ def newest(folder):
         ({"lr": 1e-2}, "lr = 0.003, this one has 0.01"),
         ({"execution": Execution(gradient_accumulation=2)}, "shards = 1, this one has 2"),
         ({"settings": {"data": "b"}}, "data = None, this one has 'b'"),
+        ({"execution": Execution(ema_decay=0.9)}, "ema_decay = None, this one has 0.9"),
+        ({"execution": Execution(mixed_precision="bf16")}, "mixed_precision = 'no', this one has 'bf16'"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, 1e-3)}, "optimizer = 'Adam', this one has 'SGD'"),
+        ({"patience": 3}, "patience = None, this one has 3"),
     ],
 )
 def test_other_settings_do_not_go_on_from_a_checkpoint(other, message, tmp_path):
@@ -440,4 +532,7 @@ def test_a_log_cut_short_by_a_crash_is_read_up_to_there(tmp_path):
     assert [r["step"] for r in read_metrics(path)] == [1, 2]
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(ValueError, match="line 2: not JSON"):
+        read_metrics(path)
+    path.write_text('{"loss": 1}\n')
+    with pytest.raises(ValueError, match="line 1: must be a JSON object with a step"):
         read_metrics(path)

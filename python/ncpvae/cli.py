@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union
 
+from ._distributed import rank, world_size
+
 
 def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
     """The commands by name; their parameters are their flags, their docstrings the help."""
@@ -296,7 +298,9 @@ def _page(run: Any, wanted: bool) -> None:
         return
     try:
         report(run)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # on other processes than the first an ImportError is told of so
+        if isinstance(error, RuntimeError) and "ImportError" not in str(error):
+            raise
         _say(f"no page: {error}")
     else:
         _say(f"page: {run.folder / 'report.html'}")
@@ -326,8 +330,6 @@ def _plan(name: str, recipe: Any, folder: Path) -> str:
 
 def _say(text: str) -> None:
     """Print in the main process."""
-    from ._distributed import rank
-
     if rank() == 0:
         print(text, flush=True)
 
@@ -359,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ncpvae: {error}", file=sys.stderr)
         return 1
     except TrainingInterrupted as error:
-        print(f"ncpvae: {error}\nto go on: {_resuming(argv)}", file=sys.stderr)
+        if rank() == 0:
+            print(f"ncpvae: {error}\nto go on{_by_the_launcher()}: {_resuming(argv)}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("ncpvae: interrupted", file=sys.stderr)
@@ -369,8 +372,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _resuming(argv: Sequence[str]) -> str:
     """The command line that goes on with the run of this one."""
-    words = _without_resume(argv)
+    words = [word for word in _without_resume(argv) if word != "--overwrite"]
     return shlex.join(["ncpvae", *words, *([] if words[:1] == ["demo"] else ["--resume", "auto"])])
+
+
+def _by_the_launcher() -> str:
+    return f", started as before in {world_size()} processes" if world_size() > 1 else ""
 
 
 def _without_resume(argv: Sequence[str]) -> list[str]:

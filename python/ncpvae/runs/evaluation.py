@@ -136,8 +136,12 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
 
 def ratio(run: Run, prior: NoiseContrastivePrior) -> list[Metric]:
     """What stage two found out about q(z) and the base."""
-    result = read_json(run.prior_folder / "result.json", "result of stage two")
-    log_z = result["log_normalizer"]
+    path = run.prior_folder / "result.json"
+    result = read_json(path, "result of stage two")
+    log_z = result.get("log_normalizer")
+    wanted = {"loss", "jsd", "accuracy", "best_step"}, {"value", "standard_error", "ess", "num_samples"}
+    if not isinstance(log_z, dict) or not (wanted[0] <= result.keys() and wanted[1] <= log_z.keys()):
+        raise ValueError(f"{path} does not hold the result of stage two")
     held_out = f"on held-out draws after {result['best_step']:,} steps"
     draws = f"{log_z['num_samples']:,} base draws, ESS {log_z['ess']:,.0f}"
     loss, accuracy = "classifier's loss", "classifier's accuracy"

@@ -111,12 +111,18 @@ def open_run(folder: Path, device: str = "auto", data_folder: str | None = None)
         raise ValueError(
             f"{file}: must be {FORMAT!r} of version {VERSION}, got {config.get('format')!r}, {config.get('version')!r}"
         )
-    name, settings = config.get("recipe"), config.get("settings")
+    name = config.get("recipe")
     if name not in RECIPES:
         raise ValueError(f"{file}: recipe must be one of {', '.join(RECIPES)}, got {name!r}")
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file}: settings must be an object, got {type(settings).__name__}")
-    return Run(folder, name, from_dict(RECIPES[name], settings, str(file)), chosen_device(device), data_folder)
+    kinds = {"settings": dict, "commands": list, "environment": dict}
+    kinds |= {key: dict for key in ("data", "stage_one") if key in config}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind):
+            wanted = "an object" if kind is dict else "a list"
+            raise ValueError(f"{file}: {key} must be {wanted}, got {type(config.get(key)).__name__}")
+    return Run(
+        folder, name, from_dict(RECIPES[name], config["settings"], str(file)), chosen_device(device), data_folder
+    )
 
 
 def new_run(

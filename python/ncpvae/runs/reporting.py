@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _random, metrics
+from .._distributed import rank, ranks
 from ..priors import NoiseContrastivePrior
 from ..report import Metric, ReportData, Samples, write_report
 from ..samplers import SIR
 from ..sharding import sample_sharded
-from ..train.execution import processes
 from ..train.log import read_metrics
 from ..vae import VAE
 from .evaluation import FILE, JSD, NLL, read_figures
@@ -55,9 +55,9 @@ def report(run: Run) -> Path:
         notes=notes,
     )
     path = run.folder / "report.html"
-    if processes().is_main_process:
-        write_report(page, path)
-    processes().wait_for_everyone()
+    with ranks().failing_together("report"):
+        if rank() == 0:
+            write_report(page, path)
     return path
 
 

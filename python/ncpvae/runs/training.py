@@ -169,7 +169,7 @@ def placed(examples: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return examples
     free, _ = torch.cuda.mem_get_info(device)
-    return examples.to(device) if examples.nbytes <= free // 4 else examples.pin_memory()
+    return examples.to(device) if examples.nbytes <= free // 4 else examples
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:

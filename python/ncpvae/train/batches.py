@@ -1,7 +1,8 @@
 """What a stage trains on, tensors in memory or any iterable of batches, as the loop's batches and their shards."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from .._distributed import ranks
 from .execution import check_count
 
 Data = Tensor | Iterable[Any]
-VALIDATION = -2  # the position that validation draws from, the same at every step
+# positions that draw from streams of their own
+FETCH, VALIDATION, EPOCH = -1, -2, -3
 
 
 def minibatches(
@@ -39,9 +41,11 @@ def source(
     """The loop's batches, and the function from one of them to the examples [B, …].
 
     A tensor stays where it is; its batches are indices on its device, in an order that is a function of seed and
-    step, and are gathered there. An iterable is gone through again and again, in its own order; what it yields are
-    tensors, or tuples, lists or dicts the first of whose tensors is taken. With `rows`, indices on its device, only
-    those rows of a tensor are used.
+    step, and are gathered there. With `rows`, indices on its device, only those of its rows are used.
+
+    An iterable is gone through again and again, in its own order; what it yields are tensors, or tuples, lists or dicts
+    the first of whose tensors is taken. Where it draws from torch's global generators, as a shuffling DataLoader
+    does when an epoch begins, that too is a function of seed, epoch and step.
     """
     if isinstance(data, Tensor):
         size, device = len(data if rows is None else rows), data.device
@@ -53,8 +57,9 @@ def source(
         )
 
     def epochs() -> Iterator[Tensor]:
-        while True:
+        for epoch in count():
             empty = True
+            _random.reseed(_random.derived_seed(seed, EPOCH, epoch))  # a DataLoader draws its order when it is begun
             for batch in data:
                 empty = False
                 yield first_tensor(function, name, batch)
@@ -63,7 +68,14 @@ def source(
                     f"{function}: {name} must be an iterable that can be gone through again, got no batches"
                 )
 
-    return lambda start: islice(epochs(), start, None), lambda x: x
+    return lambda start: advanced(epochs(), start), lambda x: x
+
+
+def advanced(batches: Iterable[Any], start: int) -> Iterator[Any]:
+    """The batches from `start` on; those before are drawn here and now, so that they take no randomness of a step."""
+    iterator = iter(batches)
+    deque(islice(iterator, start), maxlen=0)
+    return iterator
 
 
 def first_tensor(function: str, name: str, batch: Any) -> Tensor:
@@ -101,14 +113,14 @@ def check_data(function: str, name: str, data: object, minimum: int = 1) -> None
 def mean_over_parts(terms: Callable[[Any], dict[str, Tensor]], parts: Iterable[Any], seed: int) -> dict[str, float]:
     """The terms' means over all rows of the parts, which processes share out: part c draws from (seed, c)."""
     sums: dict[str, float] = {}
-    count, shared = 0, ranks()
+    rows, shared = 0, ranks()
     for c, part in enumerate(parts):
         if c % shared.size == shared.rank:
             _random.reseed(_random.derived_seed(seed, VALIDATION, c))
             for name, term in terms(part).items():
                 sums[name] = sums.get(name, 0.0) + float(term) * num_rows(part)
-            count += num_rows(part)
-    gathered = shared.gather(sums | {"": float(count)})
+            rows += num_rows(part)
+    gathered = shared.gather(sums | {"": float(rows)})
     names = max(gathered, key=len)
     total = {name: sum(part.get(name, 0.0) for part in gathered) for name in names}
     count_all = total.pop("")

@@ -7,12 +7,15 @@ averaged weights as safetensors, and `trainer.json`. It is written under a tempo
 import json
 import math
 import pickle
+import random
 import re
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,7 +38,12 @@ class CheckpointError(ValueError):
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints below `folder`, oldest first."""
     found = (p for p in folder.glob("step-*") if NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=number_of)
+
+
+def number_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def save(
@@ -66,8 +74,12 @@ def save(
             record = {"format": FORMAT, "version": VERSION, "step": step, "files": sizes, "state": state}
             write_atomic(writing / STATE_FILE, json.dumps(record) + "\n")
     if main:
-        unfinished = folder.glob(".step-*.tmp")  # by a process that was killed
-        for old in (*checkpoints_in(folder)[:-keep], *unfinished):
+        unfinished = list(folder.glob(".step-*.tmp"))  # by a process that was killed
+        kept = [p for p in checkpoints_in(folder) if number_of(p) <= step]  # later ones are of a future given up
+        for old in checkpoints_in(folder):
+            if old not in kept[-keep:]:
+                old.rename(folder / f".{old.name}.tmp")  # a kill while it is deleted leaves no half of a checkpoint
+        for old in (*unfinished, *folder.glob(".step-*.tmp")):
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return path
@@ -87,7 +99,8 @@ def load(
 
     Raises:
         CheckpointError: for damaged or foreign files, other settings, or shapes that do not fit. Nothing in a file is
-            ever executed: weights are safetensors, and the optimiser's state is unpickled with `weights_only=True`.
+            ever executed: weights are safetensors, the rest is unpickled with `weights_only=True`, and folders, as
+            torch's distributed checkpoints are, whose index is an unrestricted pickle, are refused.
     """
     try:
         record = read_json(path / STATE_FILE, "checkpoint")
@@ -99,10 +112,12 @@ def load(
         tensors = {name.removesuffix(".safetensors"): load_weights(path / name) for name in names}
         if (path / "model.safetensors").is_file():  # absent where accelerate shards the weights (FSDP)
             _check_shapes(path / "model.safetensors", load_weights(path / "model.safetensors"), module)
-        accelerator.load_state(str(path))
+        with _own_generators():
+            accelerator.load_state(str(path))
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, LookupError, ArithmeticError, AttributeError, EOFError, ImportError, RuntimeError, TypeError,
+            ValueError, pickle.UnpicklingError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {path} cannot be read ({type(error).__name__}): {reason}") from error
     for parameter, slots in optimizer.state.items():
@@ -127,8 +142,13 @@ def _checked(path: Path, record: dict[str, Any], expected: dict[str, Any]) -> tu
     step, state, files = (record.get(key) for key in ("step", "state", "files"))
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise CheckpointError(f"{file}: step must be an integer ≥ 0, got {step!r}")
+    if NAME.fullmatch(path.name) and step != number_of(path):
+        raise CheckpointError(f"{file}: step must be {number_of(path)}, as the folder is named, got {step}")
     if not isinstance(state, dict) or not isinstance(files, dict):
         raise CheckpointError(f"{file}: state and files must be objects")
+    folders = sorted(p.name for p in path.iterdir() if p.is_dir())
+    if folders:
+        raise CheckpointError(f"checkpoint {path} must hold files alone, got the folder {folders[0]!r}")
     for name, size in files.items():
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise CheckpointError(f"{file}: {name!r} is not the name of a file beside it")
@@ -150,12 +170,26 @@ def _checked(path: Path, record: dict[str, Any], expected: dict[str, Any]) -> tu
 
 
 def _check_shapes(file: Path, weights: dict[str, Tensor], module: nn.Module) -> None:
-    own = {name.removeprefix("module."): tensor.shape for name, tensor in module.state_dict().items()}
+    own = {
+        name.removeprefix("module.").replace("_orig_mod.", ""): tensor.shape  # as DDP and torch.compile name them
+        for name, tensor in module.state_dict().items()
+    }
     for name, tensor in weights.items():
         if name not in own:
             raise CheckpointError(f"{file}: weight {name!r} is not one of the model's")
         if tensor.shape != own[name]:
             raise CheckpointError(f"{file}: {name!r} must have shape {tuple(own[name])}, got {tuple(tensor.shape)}")
+
+
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    """Python's and numpy's global generators, which accelerate sets to those of the file, stay the caller's."""
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
 
 
 def finite(module: nn.Module) -> bool:

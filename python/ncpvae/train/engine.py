@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .. import _random
-from .._distributed import ranks
+from .._distributed import check_alike, ranks
 from . import checkpoint
-from .batches import VALIDATION, num_rows, shard_of
+from .batches import FETCH, VALIDATION, advanced, num_rows, shard_of
 from .execution import Execution, check_count, check_positive, own_accelerator
 from .interrupt import StopRequest, TrainingInterrupted, catch_signals
 from .log import Means, MetricsLog
@@ -137,10 +136,19 @@ def train(
     factor = learning_rate_factor(schedule, steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters)
-    known = {"seed": seed, "steps": steps, "lr": lr, **(settings or {})}
+    known: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps,
+        "lr": lr,
+        "validate_every": validate_every,
+        "patience": patience,
+    }
+    known |= {"ema_decay": execution.ema_decay, "max_grad_norm": execution.max_grad_norm}
+    known |= {"optimizer": type(adam).__name__, **(settings or {})}
     known |= {} if callable(schedule) else {"schedule": schedule}
     cpu = all(p.device.type == "cpu" for p in parameters)
     with _random.scoped(seed), own_accelerator(execution, folder, cpu) as accelerator:
+        known["mixed_precision"] = accelerator.mixed_precision
         loop = _Loop(model, loss, adam, factor, accelerator, execution, folder, steps, seed, known)
         loop.validate, loop.patience = validate, patience
         loop.validate_every = validate_every or max(1, steps // 20)
@@ -163,8 +171,14 @@ class _LossModule(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        return self.loss(batch)
+    def forward(self, batch: Any) -> dict[str, Any]:
+        return batch.function() if isinstance(batch, _Call) else self.loss(batch)
+
+
+class _Call(NamedTuple):
+    """Something else to compute within the wrapper's forward, where FSDP has the weights at hand."""
+
+    function: Callable[[], dict[str, float]]
 
 
 class _Loop:
@@ -181,10 +195,11 @@ class _Loop:
         self.model, self.factor, self.accelerator, self.execution = model, factor, accelerator, execution
         self.folder, self.steps, self.seed, self.settings = folder, steps, seed, settings
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.sharded = str(accelerator.distributed_type).endswith("FSDP")
         self.module, self.optimizer = accelerator.prepare(_LossModule(model, loss), optimizer)
         self.ema: AveragedModel | None = None
         if execution.ema_decay is not None:
-            if str(accelerator.distributed_type).endswith("FSDP"):
+            if self.sharded:
                 raise ValueError("ema_decay must be None under FSDP, whose sharded weights are not averaged")
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(execution.ema_decay))
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "best_value": None, "best_step": 0, "stale": 0}
@@ -203,7 +218,7 @@ class _Loop:
     def resume(self, resume: str | Path) -> None:
         """Load the state that `resume` asks for, and open the log at its step."""
         if self.folder is not None:
-            found = checkpoint.checkpoints_in(self.folder / "checkpoints")
+            found = ranks().gather(checkpoint.checkpoints_in(self.folder / "checkpoints"))[0]  # the first one's view
             if resume == "never" and found:
                 raise checkpoint.CheckpointError(
                     f"{self.folder} has checkpoints of an earlier run: resume it with 'auto', or take an empty folder"
@@ -213,6 +228,7 @@ class _Loop:
                 path = Path(resume)
             if path is not None:
                 self._load(path)
+            check_alike("resume", ranks().gather({"step": self.state["step"]}))
         main = self.accelerator.is_main_process
         self.log = MetricsLog(self.folder if main else None, self.state["step"])
 
@@ -222,22 +238,40 @@ class _Loop:
         try:
             self.since_validation, self.since_log = Means(**state["since_validation"]), Means(**state["since_log"])
             self.state = {key: state[key] for key in self.state} | {"step": step}
+            self._check_state()
             self.best_weights = tensors.get("best")
             if self.ema is not None:
                 self.ema.load_state_dict(tensors["ema"])
-            if self.best_weights is not None:
-                self._check_best(path)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise checkpoint.CheckpointError(
                 f"checkpoint {path} does not hold what this run needs ({type(error).__name__}): {reason}"
             ) from error
+        self._check_best(path)
         self.last_checkpoint = path
 
+    def _check_state(self) -> None:
+        """The state has the types and values that a run of this length can have."""
+        s = self.state
+        if s["step"] > self.steps:
+            raise ValueError(f"step must be ≤ {self.steps}, got {s['step']}")
+        check_count("best_step", s["best_step"], minimum=0, below=s["step"] + 1)
+        check_count("stale", s["stale"], minimum=0)
+        for name in ("seconds", "best_value"):
+            value = 0.0 if name == "best_value" and s[name] is None else s[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        rows = [r.get("step") if isinstance(r, dict) else None for r in s["history"]]
+        if not isinstance(s["history"], list) or not all(isinstance(step, int) for step in rows):
+            raise TypeError("history must be a list of records with a step each")
+        if s["best_value"] is not None and s["best_step"] not in rows:
+            raise ValueError(f"history must hold the best step {s['best_step']}")
+
     def _check_best(self, path: Path) -> None:
-        assert self.best_weights is not None
+        """There are best weights where there is a best step, and they are those of this model."""
         own = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        if own != {name: tensor.shape for name, tensor in self.best_weights.items()}:
+        found = {name: tensor.shape for name, tensor in (self.best_weights or {}).items()}
+        if found != (own if self.state["best_value"] is not None else {}):
             raise checkpoint.CheckpointError(f"{path / 'best.safetensors'} does not hold the weights of this model")
 
     # --- steps -----------------------------------------------------------------------------------------------------
@@ -246,7 +280,7 @@ class _Loop:
         begun, start = time.perf_counter() - self.state["seconds"], self.state["step"]
         if start == self.steps or self._out_of_patience():
             return
-        stream = batches(start) if callable(batches) else islice(batches, start, None)
+        stream = batches(start) if callable(batches) else advanced(batches, start)
         hidden = not (self.progress and self.accelerator.is_main_process)
         pending: list[dict[str, Tensor]] = []
         self.model.train()
@@ -255,7 +289,7 @@ class _Loop:
             catch_signals(self.folder is not None) as stop,
             tqdm(total=self.steps, initial=start, desc=self.description, disable=hidden, leave=False) as bar,
         ):
-            for step, batch in zip(range(start + 1, self.steps + 1), stream, strict=False):
+            for step, batch in self._fetched_batches(stream):
                 pending.append(self._step(step, batch))
                 self.state["step"], self.state["seconds"] = step, time.perf_counter() - begun
                 validating = step % self.validate_every == 0 or step == self.steps
@@ -279,6 +313,17 @@ class _Loop:
                     return
         if self.state["step"] < self.steps:
             raise ValueError(f"batches must be at least {self.steps}, ended after {self.state['step']}")
+
+    def _fetched_batches(self, stream: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """The steps to come and their batches; what is random in an iterable draws from (seed, step) too."""
+        batches = iter(stream)
+        for step in range(self.state["step"] + 1, self.steps + 1):
+            _random.reseed(_random.derived_seed(self.seed, step, FETCH))
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield step, batch
 
     def _step(self, step: int, batch: Any) -> dict[str, Tensor]:
         """One optimiser step over this process's shards; the loss terms, averaged over them."""
@@ -324,7 +369,7 @@ class _Loop:
 
     def _look_at(self, pending: list[dict[str, Tensor]], bar: tqdm) -> None:
         """Fetch the pending terms in one transfer, check, average, log and show them."""
-        for row in self._fetched(pending):
+        for row in self._as_numbers(pending):
             self.since_validation.add(row)
             self.since_log.add(row)
         bar.update(len(pending))
@@ -338,7 +383,7 @@ class _Loop:
             record = {"step": step, "split": "train", **self.since_log.take(), "lr": lr}
             self._write(record | {"samples_per_second": rate, "seconds": self.state["seconds"]})
 
-    def _fetched(self, pending: list[dict[str, Tensor]]) -> list[dict[str, float]]:
+    def _as_numbers(self, pending: list[dict[str, Tensor]]) -> list[dict[str, float]]:
         """The pending terms as numbers, means over all processes; raises at the first that is not finite."""
         names = list(pending[0])
         values = torch.stack([terms[name].float() for terms in pending for name in names]).view(-1, len(names))
@@ -367,7 +412,8 @@ class _Loop:
             self.model.eval()
             with torch.no_grad(), self._averaged_weights():
                 _random.reseed(_random.derived_seed(self.seed, VALIDATION))
-                held_out = ranks().gather(self.validate())[0]  # decisions are the first process's
+                values = self.module(_Call(self.validate)) if self.sharded else self.validate()
+                held_out = ranks().gather(values)[0]  # decisions are the first process's
                 value = next(iter(held_out.values()))
                 if not math.isfinite(value):
                     raise TrainingDiverged(

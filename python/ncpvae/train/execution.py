@@ -73,9 +73,17 @@ def own_accelerator(execution: Execution, folder: Path | None, cpu: bool) -> "It
     from accelerate.state import AcceleratorState, GradientState
 
     state = processes(cpu)
+    if cpu and state.device.type != "cpu" and execution.mixed_precision not in (None, "no"):
+        raise ValueError(f"mixed_precision must be 'no' for a model on the CPU beside {state.device}, got "
+                         f"{execution.mixed_precision!r}")  # fmt: skip
+    if not cpu and state.device.type == "cpu" and execution.mixed_precision not in (None, "no"):
+        raise ValueError("mixed_precision must be 'no': this process was set up for the CPU by an earlier training, "
+                         f"got {execution.mixed_precision!r}; start a new one for the GPU")  # fmt: skip
     shared = [(cls, dict(cls._shared_state)) for cls in (AcceleratorState, GradientState)]
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32  # accelerate switches it on for compiled models
     for cls, _ in shared:
         cls._reset_state()
+    accelerator = None
     try:
         accelerator = Accelerator(
             cpu=state.device.type == "cpu",
@@ -88,10 +96,15 @@ def own_accelerator(execution: Execution, folder: Path | None, cpu: bool) -> "It
         )
         if execution.trackers:
             accelerator.init_trackers("ncpvae")
+        if str(accelerator.distributed_type).endswith("FSDP"):  # sharded files have an index that is a pickle
+            plugin = accelerator.state.fsdp_plugin
+            plugin.state_dict_config = plugin.optim_state_dict_config = None
+            plugin.set_state_dict_type("FULL_STATE_DICT")
         yield accelerator
-        if execution.trackers:
-            accelerator.end_training()
     finally:
+        for tracker in accelerator.trackers if accelerator is not None else ():
+            tracker.finish()  # and not end_training, which ends the process group too
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         for cls, before in shared:
             cls._reset_state()
             cls._shared_state.update(before)

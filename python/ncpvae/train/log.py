@@ -22,12 +22,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline after it: the write was cut short
                 continue
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: must be a JSON object, got {type(record).__name__}")
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number}: must be a JSON object with a step")
         records.append(record)
     return records
 
@@ -45,7 +45,7 @@ class MetricsLog:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         if self.path is not None and self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= step]
+            kept = [record for record in read_metrics(self.path) if record["step"] <= step]
             write_atomic(self.path, "".join(_line(record) for record in kept))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -69,6 +69,8 @@ class Means:
 
     def __init__(self, sums: dict[str, float] | None = None, count: int = 0):
         self.sums, self.count = dict(sums or {}), count
+        if not all(isinstance(value, (int, float)) for value in (*self.sums.values(), count)):
+            raise TypeError("running means must be numbers")
 
     def add(self, row: dict[str, float]) -> None:
         for name, value in row.items():

@@ -186,7 +186,9 @@ def fit_ncp(
         progress=progress,
         description="NCP",
     )
-    best = next(record for record in result.history if record["step"] == result.best_step)
+    best = next((record for record in result.history if record["step"] == result.best_step), {})
+    if not {"validation_nce", "validation_accuracy"} <= best.keys():  # a resumed run can have any history
+        raise ValueError(f"fit_ncp: the checkpoint's history lacks the held-out loss of step {result.best_step}")
     loss = best["validation_nce"]
     trustworthy = loss >= EASY_LOSS
     if not trustworthy:
