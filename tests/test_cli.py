@@ -70,7 +70,7 @@ def test_the_whole_way_by_commands(tmp_path, capsys):
     assert f"page: {run}/report.html" in printed and (tmp_path / "run" / "report.html").is_file()
     assert main(["evaluate", run, *FEW, "--no-page"]) == 0
     assert "test NLL, SNIS bound" in capsys.readouterr().out
-    for command in (["sample", run, "--num", "8", "--proposals", "10"], ["reconstruct", run], ["interpolate", run]):
+    for command in (["sample", run, "--count", "8", "--proposals", "10"], ["reconstruct", run], ["interpolate", run]):
         assert main(command) == 0
     assert main(["compare", run, run]) == 0
     assert main(["report", run]) == 0
@@ -133,6 +133,20 @@ def test_killed_interrupted_and_resumed_a_run_ends_with_the_same_weights(tmp_pat
     assert (run / "vae/model.safetensors").read_bytes() == (tmp_path / "whole/vae/model.safetensors").read_bytes()
 
 
+def test_stage_two_interrupted_names_a_command_that_goes_on(tmp_path):
+    pytest.importorskip("sklearn")
+    run = tmp_path / "run"
+    assert main(["train", "digits", "--steps", "5", "--channels", "4", "8", "--output", str(run), *SMALL]) == 0
+    fit = ["fit-prior", str(run), "--steps", "3000", "--hidden", "8", "--execution.checkpoint-every", "20"]
+    assert main([*fit, "--steps", "5", "--no-progress", "--no-page"]) == 0
+    stopped = start(*fit, "--overwrite", "--no-progress", "--no-page")
+    wait_for(lambda: "step-00000020" in str(sorted(run.glob("prior/checkpoints/step-*"))))
+    stopped.send_signal(signal.SIGINT)
+    message = stopped.communicate()[1]
+    assert stopped.returncode == 130, message
+    assert main(shlex.split(message.partition("to go on: ")[2])[1:]) == 0
+
+
 def test_a_diverging_run_is_a_failure(tmp_path, capsys):
     pytest.importorskip("sklearn")
     arguments = ["train", "digits", "--steps", "60", "--lr", "1e25", "--output", str(tmp_path / "run"), *SMALL]
@@ -164,6 +178,8 @@ def test_features_are_trained_and_name_their_figures(tmp_path, capsys):
     assert main(["train-features", "digits", "--steps", "150", "--output", features, "--no-progress"]) == 0
     name = capsys.readouterr().out
     assert "classifier trained on scikit-learn's load_digits" in name
+    assert main(["train-features", "digits", "--output", features]) == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
     assert main(["train", "digits", "--steps", "10", "--output", run, *SMALL]) == 0
     assert main(["fit-prior", run, "--steps", "10", "--no-progress", "--no-page"]) == 0
     assert main(["evaluate", run, *FEW[:-1], "200", "--features", features, "--no-page"]) == 0

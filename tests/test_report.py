@@ -218,9 +218,12 @@ def metric(base, ncp, lower=True, base_error=None, ncp_error=None):
 @pytest.mark.parametrize(
     ("row", "better"),
     [
-        (metric(2.0, 1.0), "ncp"),
-        (metric(2.0, 1.0, lower=False), "base"),
-        (metric(1.0, 2.0), "base"),
+        (metric(2.0, 1.0), None),  # no error is known
+        (metric(2.0, 1.0, True, 0.1, 0.1), "ncp"),
+        (metric(2.0, 1.0, False, 0.1), "base"),
+        (metric(1.0, 2.0, True, None, 0.1), "base"),
+        (replace(metric(2.0, 1.0, True, 3.0, 3.0), difference_error=0.1), "ncp"),  # paired
+        (replace(metric(2.0, 1.0, True, 0.1, 0.1), difference_error=1.5), None),
         (metric(1.0, 2.0, lower=None), None),
         (metric(1.0, 1.0), None),
         (metric(None, 1.0), None),

@@ -1,6 +1,7 @@
 """A run from its recipe to its page, and everything that can be asked of its folder."""
 
 import dataclasses
+import html
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -75,6 +77,9 @@ def test_the_planned_memory_counts_parameters_and_activations():
         ({"stepz": 3}, "stepz is no field of Digits"),
         ({"prior": 3}, "prior must be an object"),
         ({"shape": 3}, "shape must be a list"),
+        ({"channels": []}, "channels must hold numbers ≥ 1"),
+        ({"evaluation": {"test_examples": -5}}, "test_examples must be ≥ 1, got -5"),
+        ({"prior": {"steps": 0}}, "prior.steps must be ≥ 1, got 0"),
         ({"steps": "many"}, "steps must be like 3000, got 'many'"),
         ({"execution": {"gradient_accumulation": 0}}, "gradient_accumulation must be ≥ 1"),
     ],
@@ -123,7 +128,7 @@ def test_evaluation_measures_and_keeps_its_protocols(run):
     assert nll.base > 0 and nll.ncp > 0 and "20 draws per example, 300 examples" in nll.protocol
     gain = figures["gain per example, SNIS bound"]
     assert gain.ncp == pytest.approx(nll.base - nll.ncp, abs=1e-3)
-    assert evaluation.read_figures(run.folder) == list(figures.values())
+    assert evaluation.read_figures(run) == list(figures.values())
     table = evaluation.table_of(list(figures.values()))
     assert evaluation.NLL in table and f"{nll.ncp:.4g}" in table
     assert evaluation.compare([run.folder, run.folder]).count("digits: NCP") == 2
@@ -138,7 +143,7 @@ def test_plain_torch_gives_the_same_figures_to_rounding(run, tmp_path):
             command, env=os.environ | {"NCPVAE_DISABLE_NATIVE": disabled}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        figures[disabled] = evaluation.read_figures(tmp_path / "run")
+        figures[disabled] = evaluation.read_figures(open_run(tmp_path / "run"))
         kernels = json.loads((tmp_path / "run" / "evaluation.json").read_text())["environment"]["kernels"]
         assert disabled == "0" or kernels == "plain torch"
     for native, plain in zip(figures["0"], figures["1"], strict=True):
@@ -171,6 +176,10 @@ def test_samples_are_reproducible_and_of_both_priors(run, tmp_path):
         files.append(load_file(path))
     assert files[0]["z"].shape == (12, 10) and files[0]["x"].shape == (12, 1, 8, 8)
     assert torch.equal(files[0]["z"], files[1]["z"]) and not torch.equal(files[0]["z"], files[2]["z"])
+    with pytest.raises(ValueError, match=r"output must be a \.safetensors file, got .*x\.png"):
+        sampling.sample(run, 4, sampling.Sampling(), output=tmp_path / "x.png")
+    with pytest.raises(ValueError, match="proposals must be ≥ 1, got 0"):
+        sampling.sample(run, 4, sampling.Sampling(proposals=0))
 
 
 def test_reconstructions_and_interpolations(run):
@@ -206,6 +215,72 @@ def test_langevin_samples_and_a_refitted_base(run, tmp_path):
     assert result.diagnostics.stopped == "num_steps"
 
 
+def test_figures_belong_to_the_weights_they_were_measured_on(run, tmp_path):
+    evaluation.evaluate(run, command="ncpvae evaluate digits --seed 1", seed=1)
+    shutil.copytree(run.folder, tmp_path / "run")
+    copy = open_run(tmp_path / "run")
+    text = reporting.report(copy).read_text()
+    assert "ncpvae evaluate digits --seed 1" in text and "evaluation's seed" in html.unescape(text)
+    training.fit_prior(copy, replace(copy.recipe.prior, steps=5), overwrite=True, progress=False)
+    with pytest.raises(OSError, match="have not been evaluated: ncpvae evaluate"):
+        evaluation.compare([copy.folder])
+    assert "have not been measured" in reporting.report(open_run(copy.folder)).read_text()
+
+
+def test_comparisons_say_what_was_measured_otherwise(run, tmp_path):
+    evaluation.evaluate(run)
+    shutil.copytree(run.folder, tmp_path / "other")
+    other = open_run(tmp_path / "other")
+    evaluation.evaluate(other, replace(other.recipe.evaluation, test_examples=50))
+    table = evaluation.compare([run.folder, other.folder])
+    assert "not measured alike, test NLL, SNIS bound" in table and "50 examples" in table
+
+
+def test_data_that_cannot_be_drawn_have_a_page_without_pictures(tmp_path):
+    numpy.savez(tmp_path / "five.npz", train=torch.randn(500, 5).numpy())
+    recipe = replace(RECIPES["gaussians"], data=f"npz:{tmp_path / 'five.npz'}", shape=(5,), steps=10, hidden=(8,))
+    e = replace(recipe.evaluation, importance_samples=2, snis_proposals=8, sir_proposals=20, samples=30, pictures=8)
+    recipe = replace(recipe, evaluation=e, prior=replace(recipe.prior, steps=5, hidden=(8,), log_z_samples=100))
+    run, _ = training.train(tmp_path / "run", "gaussians", recipe, "x", progress=False)
+    training.fit_prior(run, progress=False)
+    assert evaluation.evaluate(open_run(tmp_path / "run"))
+    assert "Weights" in reporting.report(open_run(tmp_path / "run")).read_text()
+
+
+def test_models_of_another_run_are_refused(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    other = RECIPES["gaussians"].vae()
+    other.save_pretrained(tmp_path / "run" / "vae")
+    with pytest.raises(ValueError, match=r"is not of this run: it makes \(2,\), not \(1, 8, 8\)"):
+        open_run(tmp_path / "run").vae()
+    replace(small(), latent_dim=3).vae().save_pretrained(tmp_path / "run" / "vae")
+    with pytest.raises(ValueError, match=r"is a prior of \(10,\), and the VAE has codes of \(3,\)"):
+        open_run(tmp_path / "run").prior()
+
+
+def test_a_refitted_base_is_not_called_the_prior(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    copy = open_run(tmp_path / "run")
+    training.fit_prior(copy, replace(copy.recipe.prior, base="mixture", steps=5), overwrite=True, progress=False)
+    figures = {f.name: f for f in evaluation.evaluate(open_run(copy.folder))}
+    assert evaluation.JSD not in figures and figures["JSD(q(z) ‖ mixture fitted to q(z))"].base is None
+    text = reporting.report(open_run(copy.folder)).read_text()
+    assert "reweights a base of its own" in text and "The prior hole was" not in text
+
+
+def test_stage_two_and_the_execution_may_differ_when_stage_one_is_resumed(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    changed = replace(small(), prior=replace(small().prior, steps=7))
+    changed = replace(changed, execution=replace(changed.execution, keep_checkpoints=1))
+    again, _ = training.train(tmp_path / "run", "digits", changed, "x", resume="auto", progress=False)
+    weights = [load_file(folder / "vae" / "model.safetensors") for folder in (run.folder, again.folder)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    begun = {"format": "ncpvae-run", "version": 1, "recipe": "digits", "settings": {}}
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text(json.dumps(begun))  # nothing has been trained: it is no run yet
+    assert new_run(tmp_path / "new", "digits", small(), "x").recipe == small()
+
+
 def test_other_settings_do_not_go_into_the_same_folder(run):
     with pytest.raises(ValueError, match=r"is of another run \(steps = 60, now 61\); take another --output"):
         new_run(run.folder, "digits", replace(small(), steps=61), "again")
@@ -221,6 +296,7 @@ def test_other_settings_do_not_go_into_the_same_folder(run):
         ('{"format": "ncpvae-run", "version": 9}', "must be 'ncpvae-run' of version 1"),
         ('{"format": "ncpvae-run", "version": 1, "recipe": "nope"}', "recipe must be one of"),
         ('{"format": "ncpvae-run", "version": 1, "recipe": "digits", "settings": 3}', "settings must be an object"),
+        ('{"format": "ncpvae-run", "version": 1, "recipe": "digits", "settings": {}}', "commands must be a list"),
     ],
 )
 def test_what_is_no_run_is_said_to_be_none(content, message, tmp_path):

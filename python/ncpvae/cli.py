@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,7 +62,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         started = time.perf_counter()
         run, result = training.train(folder, name, recipe, command, resume, device, data_dir, progress)
         best = f", weights of step {result.best_step:,}" if result.best_step != result.steps else ""
-        last = result.history[-1]
+        last = next(r for r in result.history if r["step"] == result.best_step)
         shown = ", ".join(f"{key} {value:.4g}" for key, value in last.items() if key != "step")
         _say(f"{folder}: {result.steps:,} steps in {time.perf_counter() - started:.0f} s{best}; {shown}")
         _page(run, page)
@@ -102,7 +104,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
     def sample(
         run: Positional[Path],
-        num: int = 64,
+        count: int = 64,
         sampling: Annotated[Sampling, arg(name="")] = Sampling(),  # noqa: B008
         temperature: float = 1.0,
         base: bool = False,
@@ -114,7 +116,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
         Args:
             run: folder of the run
-            num: how many, over all processes
+            count: how many, over all processes
             temperature: scales the base prior's standard deviation
             base: draw from the base prior instead
             seed: governs the draws
@@ -123,11 +125,15 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         """
         from .runs.sampling import sample as draw
 
-        path, result = draw(opened(run, device, None), num, sampling, temperature, base, seed, output)
+        path, result = draw(opened(run, device, None), count, sampling, temperature, base, seed, output)
         _say(f"{path} and {path.with_suffix('.png').name}")
         if result is not None:
             d = result.diagnostics
-            _say(f"{d.num_proposals:,} base draws, ESS {float(d.ess.mean()):.1f} on average, {d.seconds:.1f} s")
+            if d.stopped == "num_steps":
+                _say(f"{count:,} chains of {sampling.langevin_steps:,} steps, {d.seconds:.1f} s")
+            else:
+                ess = float(d.ess.mean())
+                _say(f"{d.num_proposals:,} base draws for each, ESS {ess:.1f} on average, {d.seconds:.1f} s")
 
     def evaluate(
         run: Positional[Path],
@@ -152,21 +158,21 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         from .runs.evaluation import table_of
 
         measured = opened(run, device, data_dir)
-        _say(table_of(measure(measured, evaluation, features, seed)))
+        _say(table_of(measure(measured, evaluation, features, seed, command)))
         _page(measured, page)
 
-    def reconstruct(run: Positional[Path], num: int = 32, device: str = "auto", data_dir: str | None = None) -> None:
+    def reconstruct(run: Positional[Path], count: int = 32, device: str = "auto", data_dir: str | None = None) -> None:
         """Test examples and what the VAE makes of them, as a picture in RUN/samples.
 
         Args:
             run: folder of the run
-            num: how many
+            count: how many
             device: auto, cpu, cuda, …
             data_dir: folder that holds data sets
         """
         from .runs.sampling import reconstruct as draw
 
-        _say(str(draw(opened(run, device, data_dir), num)))
+        _say(str(draw(opened(run, device, data_dir), count)))
 
     def interpolate(
         run: Positional[Path], rows: int = 8, steps: int = 10, device: str = "auto", data_dir: str | None = None
@@ -217,6 +223,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         seed: int = 0,
         device: str = "auto",
         data_dir: str | None = None,
+        overwrite: bool = False,
         progress: bool = True,
     ) -> None:
         """Train a classifier whose features `evaluate --features` compares images in.
@@ -230,12 +237,13 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
             seed: governs all randomness
             device: auto, cpu, cuda, …
             data_dir: folder that holds data sets
+            overwrite: replace a classifier that is there
             progress: show a progress bar
         """
         from .runs.features import train_features as fit
 
         folder = output or Path("features") / data.partition(":")[0]
-        classifier = fit(data, folder, steps, batch_size, lr, seed, device, data_dir, progress)
+        classifier = fit(data, folder, steps, batch_size, lr, seed, device, data_dir, overwrite, progress)
         _say(f"{folder}: {classifier.name}")
 
     def demo(
@@ -334,6 +342,12 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+def _complain(error: Exception) -> None:
+    """What went wrong, on one process's standard error."""
+    if rank() == 0:
+        print(f"ncpvae: {error}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 failure, 2 usage or bad input, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -344,6 +358,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from .train import TrainingDiverged, TrainingInterrupted
 
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, in all that does not save its state
     try:
         tyro.extras.subcommand_cli_from_dict(
             _commands(argv),
@@ -355,10 +372,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # tyro's own: help, or usage
         return int(end.code or 0)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"ncpvae: {error}", file=sys.stderr)
+        _complain(error)
+        return 2
+    except RuntimeError as error:
+        if "failed on rank" not in str(error):
+            raise
+        _complain(error)
         return 2
     except TrainingDiverged as error:
-        print(f"ncpvae: {error}", file=sys.stderr)
+        _complain(error)
         return 1
     except TrainingInterrupted as error:
         if rank() == 0:
@@ -367,6 +389,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ncpvae: interrupted", file=sys.stderr)
         return 130
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 

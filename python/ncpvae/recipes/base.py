@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..train import Execution
 from ..train.engine import Schedule
+from ..train.execution import check_count, check_positive
 from ..vae import VAE
 
 
@@ -42,6 +43,11 @@ class StageTwo:
     """base draws for log Z"""
     execution: Execution = field(default_factory=Execution)
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_z_samples"):
+            check_count(f"prior.{name}", getattr(self, name))
+        check_positive("prior.lr", self.lr)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -61,6 +67,11 @@ class Evaluation:
     """samples in a grid"""
     temperatures: tuple[float, ...] = (1.0, 0.7)
     """of the base prior in the grids"""
+
+    def __post_init__(self) -> None:
+        for name in ("importance_samples", "snis_proposals", "sir_proposals", "test_examples", "samples", "pictures"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,14 @@ class Recipe(ABC):
     execution: Execution = field(default_factory=Execution)
     prior: StageTwo = field(default_factory=StageTwo)
     evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            check_count(name, getattr(self, name))
+        check_positive("lr", self.lr)
+        for name in ("shape", "channels"):
+            if not getattr(self, name, (1,)) or min(getattr(self, name, (1,))) < 1:
+                raise ValueError(f"{name} must hold numbers ≥ 1, got {getattr(self, name)}")
 
     @abstractmethod
     def vae(self, mean: Tensor | None = None) -> VAE:

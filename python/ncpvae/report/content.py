@@ -24,6 +24,8 @@ class Metric:
         base_error: standard error of `base`, ≥ 0, in the same unit.
         ncp_error: standard error of `ncp`.
         protocol: a sentence on how it was measured, shown as a footnote.
+        difference_error: standard error of ncp − base where they were measured on the same examples; by default the
+            two errors count as independent.
     """
 
     name: str
@@ -34,9 +36,10 @@ class Metric:
     base_error: float | None = None
     ncp_error: float | None = None
     protocol: str = ""
+    difference_error: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("base", "ncp", "base_error", "ncp_error"):
+        for name in ("base", "ncp", "base_error", "ncp_error", "difference_error"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -52,12 +55,14 @@ class Metric:
 
     @property
     def better(self) -> str | None:
-        """ "base" or "ncp"; None where that is not asked, not known, or within one combined standard error."""
-        if self.lower_is_better is None or not self.comparable:
+        """ "base" or "ncp"; None where that is not asked, within one combined standard error, or no error is known."""
+        errors = (self.base_error, self.ncp_error, self.difference_error)
+        if self.lower_is_better is None or not self.comparable or all(error is None for error in errors):
             return None
         assert self.base is not None and self.ncp is not None
         difference = self.ncp - self.base
-        error = math.hypot(self.base_error or 0.0, self.ncp_error or 0.0)
+        error = self.difference_error
+        error = math.hypot(self.base_error or 0.0, self.ncp_error or 0.0) if error is None else error
         if difference == 0 or not abs(difference) > error:  # also where the error is not a number
             return None
         return "ncp" if (difference < 0) == self.lower_is_better else "base"

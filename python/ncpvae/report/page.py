@@ -61,7 +61,7 @@ def render(data: ReportData) -> str:
         title=data.title,
         summary=data.summary,
         notes=data.notes,
-        headline=[_row(metric) for metric in data.metrics if metric.comparable][:3],
+        headline=[_row(m) for m in data.metrics if m.comparable and m.lower_is_better is not None][:3],
         style=(folder / "page.css").read_text(encoding="utf-8"),
         next_figure=count(1).__next__,
         next_table=count(1).__next__,

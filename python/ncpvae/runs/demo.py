@@ -37,6 +37,6 @@ def demo(
     command += f" --seed {seed}" if seed else ""
     run, _ = training.train(folder / DEMOS[name], DEMOS[name], recipe, command, "auto", device, data_folder, progress)
     training.fit_prior(run, command=command, resume="auto", progress=progress)
-    table = evaluation.table_of(evaluation.evaluate(run))
+    table = evaluation.table_of(evaluation.evaluate(run, command=command))
     picture, page = sampling.overview(run), reporting.report(run)
     return f"\n{name}\n\n{table}\n\npicture: {picture}\npage: {page}"

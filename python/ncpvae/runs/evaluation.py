@@ -1,5 +1,6 @@
 """The figures of a run, base prior against noise contrastive prior, each with its protocol."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from ..samplers import SIR, Langevin
 from ..sharding import sample_sharded
 from ..train.execution import processes
 from ..vae import VAE
-from .folder import Run, as_json, environment, write_json
+from .folder import Run, as_json, environment, open_run, write_json
 from .sampling import decoded, from_base
 
 FILE = "evaluation.json"
@@ -31,7 +32,11 @@ NLL, JSD = "test NLL, SNIS bound", "JSD(q(z) ‖ base)"  # the headlines
 
 
 def evaluate(
-    run: Run, evaluation: Evaluation | None = None, features: str | None = None, seed: int | None = None
+    run: Run,
+    evaluation: Evaluation | None = None,
+    features: str | None = None,
+    seed: int | None = None,
+    command: str = "",
 ) -> list[Metric]:
     """Measure the run and write `evaluation.json`. The work is shared out over the processes there are.
 
@@ -41,6 +46,7 @@ def evaluate(
         features: where images are compared in a feature space: the folder of a classifier that
             `ncpvae train-features` wrote, or `inception:FILE` with the weights of Inception. Pixels by default.
         seed: the recipe's by default.
+        command: the command line, for the report.
     """
     started, seed = time.perf_counter(), run.recipe.seed if seed is None else seed
     if evaluation is not None:
@@ -56,6 +62,8 @@ def evaluate(
         record = {
             "figures": [asdict(figure) for figure in figures],
             "seed": seed,
+            "command": command,
+            "of": weights_digest(run),
             "recipe": run.name,
             "settings": as_json(run.recipe),
             "stage_one": run.config.get("stage_one"),
@@ -68,10 +76,28 @@ def evaluate(
     return figures
 
 
-def read_figures(folder: Path) -> list[Metric]:
-    """The figures of a run's `evaluation.json`; OSError where it has none, ValueError for a damaged one."""
-    path = folder / FILE
-    record = read_json(path, "evaluation")
+def weights_digest(run: Run) -> str:
+    """Tells the VAE and prior that figures belong to from others."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (run.folder / "vae", run.prior_folder / "model"):
+        file = part / "model.safetensors"
+        digest.update(file.read_bytes() if file.is_file() else b"none")
+    return digest.hexdigest()
+
+
+def read_evaluation(run: Run) -> dict[str, Any] | None:
+    """What `evaluation.json` holds; None where the run's present VAE and prior have not been measured."""
+    if not (run.folder / FILE).is_file():
+        return None
+    record = read_json(run.folder / FILE, "evaluation")
+    return record if record.get("of") == weights_digest(run) else None
+
+
+def read_figures(run: Run) -> list[Metric]:
+    """The figures of a run; OSError where it has not been evaluated, ValueError for a damaged file."""
+    path, record = run.folder / FILE, read_evaluation(run)
+    if record is None:
+        raise OSError(f"the VAE and prior of {run.folder} have not been evaluated: ncpvae evaluate {run.folder}")
     try:
         return [Metric(**figure) for figure in record["figures"]]
     except (KeyError, TypeError) as error:
@@ -107,6 +133,8 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
         "log_z": "by the estimated log Z, optimistic on average",
         "snis": f"by the SNIS bound with {e.snis_proposals:,} proposals, shared between examples of a chunk",
     }
+    gains = {key: nll["base"].per_example - nll[key].per_example for key in ways}
+    spreads = {key: float(g.std()) / math.sqrt(len(g)) if len(g) > 1 else None for key, g in gains.items()}
     rows = [
         Metric(
             NLL if key == "snis" else "test NLL, log Ẑ",
@@ -114,13 +142,13 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
             ncp=nll[key].nll,
             lower_is_better=True,
             ncp_error=nll[key].standard_error,
-            protocol=f"{protocol}; NCP {how}",
+            protocol=f"{protocol}; NCP {how}; compared image by image",
+            difference_error=spreads[key],
             **base,
         )
         for key, how in ways.items()
     ]
-    gain = nll["base"].per_example - nll["snis"].per_example
-    spread = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else None
+    gain, spread = gains["snis"], spreads["snis"]
     name, how = "gain per example, SNIS bound", "base NLL − NCP NLL, paired by example"
     rows.append(
         Metric(name, unit, base=None, ncp=float(gain.mean()), lower_is_better=None, ncp_error=spread, protocol=how)
@@ -145,9 +173,12 @@ def ratio(run: Run, prior: NoiseContrastivePrior) -> list[Metric]:
     held_out = f"on held-out draws after {result['best_step']:,} steps"
     draws = f"{log_z['num_samples']:,} base draws, ESS {log_z['ess']:,.0f}"
     loss, accuracy = "classifier's loss", "classifier's accuracy"
+    refitted = run.recipe.prior.base != "prior"
+    hole = {"base": None, "ncp": result["jsd"]} if refitted else {"base": result["jsd"], "ncp": None}
+    named = f"JSD(q(z) ‖ {run.recipe.prior.base} fitted to q(z))" if refitted else JSD
     return [
-        Metric(JSD, "nats, ≤ 0.693", result["jsd"], None, None, protocol=f"lower bound {held_out}"),
-        Metric(loss, "nats, 1.386 where q(z) = base", None, result["loss"], None, protocol=held_out),
+        Metric(named, "nats, ≤ 0.693", **hole, lower_is_better=None, protocol=f"lower bound {held_out}"),
+        Metric(loss, "nats, 1.386 where they agree", None, result["loss"], None, protocol=held_out),
         Metric(accuracy, "", None, result["accuracy"], None, protocol=held_out),
         Metric("log Ẑ", "nats", None, log_z["value"], None, ncp_error=log_z["standard_error"], protocol=draws),
     ]
@@ -166,12 +197,17 @@ def modes(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int) ->
     rows = [Metric("entropy of the data, which no NLL can be below", "nats per example", entropy, entropy, None)]
     if prior is None or ncp is None:
         return [*rows, Metric(MODES, "", share(base), None, lower_is_better=False, protocol=f"{num}; seed {seed}")]
+
+    def both(name: str, value: float, draws: int, how: str) -> Metric:
+        first, second = (math.sqrt(p * (1 - p) / n) for p, n in ((share(base), len(base)), (value, draws)))
+        return Metric(name, "", share(base), value, False, first, second, how)
+
     how = f"{num}, SIR of {run.recipe.evaluation.sir_proposals:,} proposals; seed {seed}"
-    rows.append(Metric(MODES, "", share(base), share(ncp), lower_is_better=False, protocol=how))
+    rows.append(both(MODES, share(ncp), len(ncp), how))
     chains = sample_sharded(prior(), LANGEVIN_CHAINS, LANGEVIN, seed)
     how = f"{LANGEVIN_CHAINS:,} chains of {LANGEVIN.num_steps:,} steps of {LANGEVIN.step_size:g}; seed {seed}"
     langevin = share(decoded(run, vae, chains.z, seed))
-    return [*rows, Metric(f"{MODES}, Langevin", "", share(base), langevin, lower_is_better=False, protocol=how)]
+    return [*rows, both(f"{MODES}, Langevin", langevin, LANGEVIN_CHAINS, how)]
 
 
 def drawn(
@@ -201,6 +237,9 @@ def fidelity(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, features: 
 
     where = "pixels" if len(run.recipe.shape) == 3 else "data space"
     where = where if extractor is None else extractor.name  # type: ignore[assignment]
+    if len(run.recipe.shape) == 3:
+        where += ", samples being the decoder's means, which are smoother than data"
+    where += f"; seed {seed}"
     some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[: e.samples]
     real, known = space(test), space(train)
     part = real[some] if isinstance(real, Tensor) else replace(real, values=real.values[some])
@@ -210,7 +249,8 @@ def fidelity(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, features: 
         subset = min(1000, len(test) // 2, e.samples // 2)
         for distance in (metrics.frechet_distance, partial(metrics.kernel_distance, subset_size=subset)):
             both = {side: distance(real, x) for side, x in found.items()}
-            rows.append(_row(both["base"].name, "", both, "value", True, both["base"].protocol, "standard_error"))
+            how = f"{both['base'].protocol}; {where}"
+            rows.append(_row(both["base"].name, "", both, "value", True, how, "standard_error"))
     cover = {side: metrics.density_coverage(part, x, device=run.device) for side, x in found.items()}
     for name in ("density", "coverage"):
         rows.append(_row(name, "", cover, name, False, f"{cover['base'].protocol}; {where}"))
@@ -246,9 +286,10 @@ def _extractor(features: str | None, run: Run) -> torch.nn.Module | None:
 
 def compare(folders: list[Path]) -> str:
     """A table of the figures of several runs, which must have been evaluated."""
+    runs = [open_run(folder) for folder in folders]
     short = [folder.resolve().name for folder in folders]
     labels = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-    columns = [{f.name: f for f in read_figures(folder)} for folder in folders]
+    columns = [{f"{f.name} ({f.unit})" if f.unit else f.name: f for f in read_figures(run)} for run in runs]
     names = list(dict.fromkeys(name for figures in columns for name in figures))
     lines = [["", *(f"{label}: {prior}" for label in labels for prior in ("base", "NCP"))]]
     for name in names:
@@ -256,7 +297,21 @@ def compare(folders: list[Path]) -> str:
         for figures in columns:
             row += [_cell(figures.get(name), "base"), _cell(figures.get(name), "ncp")]
         lines.append(row)
-    return table(lines)
+    notes = [f"{label}: {note}" for label, run in zip(labels, runs, strict=True) for note in cautions(run)]
+    for name in names:
+        found = {label: figures[name] for label, figures in zip(labels, columns, strict=True) if name in figures}
+        ways = {label: f.protocol for label, f in found.items() if f.lower_is_better is not None}
+        if len(set(ways.values())) > 1:
+            notes += [f"not measured alike, {name}: " + "; ".join(f"{label}: {way}" for label, way in ways.items())]
+    if len({run.recipe.data for run in runs}) > 1:
+        notes.append("the runs are of different data: " + ", ".join(run.recipe.data for run in runs))
+    return "\n".join([table(lines), *([""] if notes else []), *notes])
+
+
+def cautions(run: Run) -> list[str]:
+    """What is to be said beside figures on the run's data."""
+    caution = run.config.get("data", {}).get("caution")
+    return [caution] if caution else []
 
 
 def _cell(figure: Metric | None, side: str) -> str:

@@ -26,6 +26,7 @@ def train_features(
     seed: int = 0,
     device: str = "auto",
     data_folder: str | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> FeatureClassifier:
     """Train a classifier of a labelled data set, keep the weights best on its validation part, and save it.
@@ -35,11 +36,14 @@ def train_features(
         output: the folder for it.
         steps, batch_size, lr, seed: of Adam.
         device, data_folder, progress: see `runs.training.train`.
+        overwrite: a classifier that is there already.
 
     Raises:
         ValueError: for a data set without images or without one class per image.
     """
     check_count("batch_size", batch_size)
+    if (output / "config.json").exists() and not overwrite:
+        raise ValueError(f"train-features: {output} holds a model already; --overwrite replaces it")
     dataset, where = data.load(name, data_folder), chosen_device(device)
     labels = dataset.labels
     if dataset.kind != "image" or labels is None or labels.train.dim() != 1 or labels.train.dtype == torch.bool:

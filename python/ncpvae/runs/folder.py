@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import data
+from .. import _random, data
 from .._files import read_json, write_atomic
 from ..priors import NoiseContrastivePrior
 from ..recipes import RECIPES, Recipe, from_dict
@@ -78,7 +78,15 @@ class Run:
         """The trained VAE, in eval mode on the run's device."""
         if not (self.folder / "vae").is_dir():
             raise OSError(f"run {self.folder} has no trained VAE yet: finish it with --resume auto")
-        return VAE.from_pretrained(self.folder / "vae").to(self.device).eval()
+        vae = VAE.from_pretrained(self.folder / "vae")
+        try:
+            with torch.no_grad(), _random.scoped(0):
+                shape = tuple(vae.decode(vae.prior_distribution().sample((1,))).event_shape)
+        except RuntimeError as error:
+            raise ValueError(f"{self.folder / 'vae'} is not of this run: {str(error).splitlines()[0]}") from error
+        if shape != self.recipe.shape:
+            raise ValueError(f"{self.folder / 'vae'} is not of this run: it makes {shape}, not {self.recipe.shape}")
+        return vae.to(self.device)
 
     def has_prior(self) -> bool:
         return (self.prior_folder / "model").is_dir()
@@ -87,7 +95,11 @@ class Run:
         """The trained noise contrastive prior, in eval mode on the run's device."""
         if not self.has_prior():
             raise OSError(f"run {self.folder} has no noise contrastive prior yet: ncpvae fit-prior {self.folder}")
-        return NoiseContrastivePrior.from_pretrained(self.prior_folder / "model").to(self.device).eval()
+        prior = NoiseContrastivePrior.from_pretrained(self.prior_folder / "model").to(self.device)
+        own, theirs = (tuple(p.event_shape) for p in (prior.base_distribution(), self.vae().prior_distribution()))
+        if own != theirs:
+            raise ValueError(f"{self.prior_folder / 'model'} is a prior of {own}, and the VAE has codes of {theirs}")
+        return prior
 
     def update(self, **entries: Any) -> None:
         """Put entries into `config.json`, keeping the others."""
@@ -131,15 +143,20 @@ def new_run(
     """Make the folder of a run; one that is there already must be of the same recipe and settings.
 
     Raises:
-        ValueError: naming the settings that differ.
+        ValueError: naming the settings that differ. Those of stage two and of the evaluation may, and those of the
+            execution, of which the engine asks what must not.
     """
     settings = as_json(recipe)
-    if (folder / "config.json").is_file():
+    begun = (folder / "vae").is_dir() or (folder / "checkpoints").is_dir()
+    if begun and (folder / "config.json").is_file():
         run = open_run(folder, device, data_folder)
         before = as_json(run.recipe)
-        differing = [key for key in settings if settings[key] != before.get(key)]
-        if run.name != name or differing:
-            changed = ", ".join(f"{key} = {before.get(key)!r}, now {settings[key]!r}" for key in differing) or run.name
+        free = {"prior", "evaluation", "execution"}
+        differing = [key for key in settings if key not in free and settings[key] != before.get(key)]
+        if run.name != name:
+            raise ValueError(f"{folder} is of another run (recipe {run.name}, now {name}); take another --output")
+        if differing:
+            changed = ", ".join(f"{key} = {before.get(key)!r}, now {settings[key]!r}" for key in differing)
             raise ValueError(f"{folder} is of another run ({changed}); take another --output")
         return run
     config = {"format": FORMAT, "version": VERSION, "recipe": name, "settings": settings, "commands": [command]}

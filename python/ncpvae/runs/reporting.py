@@ -13,7 +13,7 @@ from ..samplers import SIR
 from ..sharding import sample_sharded
 from ..train.log import read_metrics
 from ..vae import VAE
-from .evaluation import FILE, JSD, NLL, read_figures
+from .evaluation import JSD, NLL, cautions, read_evaluation, read_figures
 from .folder import Run, as_json
 from .sampling import ROWS_AT_ONCE, decoded, from_base, reconstructions_of
 
@@ -25,28 +25,41 @@ RECONSTRUCTIONS = 16
 def report(run: Run) -> Path:
     """Write the page of a run from what is in its folder, with fresh samples; `ncpvae evaluate` adds the figures."""
     vae, prior = run.vae(), run.prior() if run.has_prior() else None
-    recipe, config, seed = run.recipe, run.config, run.recipe.seed
-    evaluated = (run.folder / FILE).is_file()
-    figures = read_figures(run.folder) if evaluated else []
-    data, images = config.get("data", {}), len(recipe.shape) == 3
-    notes = [f"Data: {data.get('source', recipe.data)}."] + [data["caution"]] * bool(data.get("caution"))
-    if not evaluated:
-        notes.append(f"No figures yet: ncpvae evaluate {run.folder.name}.")
+    recipe, config, seed, settings = run.recipe, run.config, run.recipe.seed, as_json(run.recipe)
+    drawable = len(recipe.shape) == 3 or recipe.shape == (2,)
+    evaluation = read_evaluation(run)
+    figures = [] if evaluation is None else read_figures(run)
+    notes = [f"Data: {config.get('data', {}).get('source', recipe.data)}.", *cautions(run)]
+    commands, surroundings = list(config["commands"]), config["environment"] | {"seed": str(seed)}
+    if evaluation is None:
+        notes.append(f"This VAE and prior have not been measured: ncpvae evaluate {run.folder.name}.")
+    else:
+        commands += [evaluation["command"]] if evaluation.get("command") else []
+        surroundings |= {f"evaluation's {key}": str(value) for key, value in evaluation["environment"].items()}
+        surroundings["evaluation's seed"] = str(evaluation["seed"])
+        settings["evaluation"] = evaluation["settings"]["evaluation"]
+    if recipe.prior.base != "prior":
+        notes.append(
+            f"The classifier reweights a base of its own, {recipe.prior.base} fitted to q(z): log-weights and "
+            "effective sample sizes are those of its draws. In samples and latent space p(z) is the VAE's prior."
+        )
     samples: list[Samples] = []
     ess, neighbours = None, None
-    if prior is not None:
+    if prior is not None and drawable:
         samples, ess, neighbours = sample_grids(run, vae, prior)
-    drawable = images or recipe.shape == (2,)
+    elif prior is not None:
+        sampler = SIR(recipe.evaluation.sir_proposals)
+        ess = sample_sharded(prior(), recipe.evaluation.pictures, sampler, seed).diagnostics.ess.cpu()
     page = ReportData(
         title=f"{run.name}: {run.folder.resolve().name}",
         summary=summary(run, figures),
-        commands=config["commands"],
-        settings=as_json(recipe),
-        environment=config["environment"] | {"seed": str(seed)},
+        commands=commands,
+        settings=settings,
+        environment=surroundings,
         curves=curves(run),
-        samples=samples if drawable else [],
+        samples=samples,
         reconstructions=reconstructions_of(run, vae, run.dataset.splits.test[:RECONSTRUCTIONS]) if drawable else None,
-        neighbours=neighbours if drawable else None,
+        neighbours=neighbours,
         log_weights=None if prior is None else log_weights(run, prior),
         ess=ess,
         num_proposals=None if ess is None else recipe.evaluation.sir_proposals,

@@ -15,7 +15,7 @@ from ..distributions import temper
 from ..metrics import nearest_neighbours
 from ..samplers import SIR, Langevin, Sampler, SampleResult
 from ..sharding import sample_sharded
-from ..train.execution import processes
+from ..train.execution import check_count, processes
 from ..vae import VAE
 from .folder import Run
 
@@ -36,6 +36,8 @@ class Sampling:
     """of Langevin dynamics, in squared units of z"""
 
     def build(self, run: Run) -> Sampler:
+        if self.proposals is not None:
+            check_count("proposals", self.proposals)
         if self.sampler == "langevin":
             return Langevin(self.langevin_steps, self.step_size)
         return SIR(self.proposals or run.recipe.evaluation.sir_proposals)
@@ -83,6 +85,9 @@ def sample(
     Returns:
         The file, and the sampler's result with its diagnostics, None for the base.
     """
+    check_count("count", num)
+    if output is not None and output.suffix != ".safetensors":
+        raise ValueError(f"sample: output must be a .safetensors file, got {output}")
     vae, result = run.vae(), None
     if base:
         z = from_base(vae.prior_distribution(), num, seed, temperature)
@@ -102,6 +107,7 @@ def sample(
 @torch.no_grad()
 def reconstruct(run: Run, num: int, output: Path | None = None) -> Path:
     """The first `num` test examples, and the decoder's mean at their codes' mean."""
+    check_count("count", num)
     originals, reconstructions = reconstructions_of(run, run.vae(), run.dataset.splits.test[:num])
     path = output or run.folder / "samples" / "reconstructions.safetensors"
     _write(path, {"x": originals, "reconstruction": reconstructions})
@@ -125,6 +131,8 @@ def interpolate(run: Run, rows: int, steps: int, output: Path | None = None) -> 
 
     Spherical interpolation keeps to the norms that codes have: White, "Sampling generative networks", 2016.
     """
+    check_count("rows", rows)
+    check_count("steps", steps)
     vae, test = run.vae(), run.dataset.splits.test
     if 2 * rows > len(test):
         raise ValueError(f"interpolate: rows must be ≤ {len(test) // 2}, got {rows}")

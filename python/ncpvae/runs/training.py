@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .. import _random
+from .._distributed import rank, ranks
 from ..data import Dataset
 from ..priors import GaussianMixture, NoiseContrastivePrior, Normal
 from ..recipes import Recipe, StageTwo, initialised
 from ..train import NCPResult, TrainResult, fit_ncp, fit_vae
 from ..train.execution import processes
 from ..vae import VAE
-from .folder import Run, as_json, new_run, write_json
+from .folder import Run, as_json, new_run, open_run, write_json
 
 MIN_VALIDATION = 2000  # codes to validate a classifier on; small data sets are gone through several times
 BASE_CODES = 50_000  # codes that a base prior is fitted to
@@ -47,8 +48,11 @@ def train(
         data_folder: holds data sets; see `ncpvae.data.load`.
         progress: show a progress bar.
     """
-    with processes().main_process_first():
-        run = new_run(folder, name, recipe, command, device, data_folder)
+    processes(cpu=device == "cpu")
+    with ranks().failing_together("train"):
+        if rank() == 0:
+            new_run(folder, name, recipe, command, device, data_folder)
+    run = open_run(folder, device, data_folder)
     dataset = run.dataset
     examples, validation = placed(dataset.splits.train, run.device), placed(dataset.splits.validation, run.device)
     vae = initialised(recipe.seed, lambda: recipe.vae(mean_of(dataset))).to(run.device)
