@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ncpvae import Langevin
 from ncpvae.cli import main
@@ -96,7 +97,11 @@ def fields_of(recipe, prefix=""):
 
 def start(*arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "ncpvae", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ncpvae", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums are rounded as threads share them
     )
 
 

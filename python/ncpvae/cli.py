@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import signal
 import sys
@@ -371,6 +372,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except SystemExit as end:  # tyro's own: help, or usage
         return int(end.code or 0)
+    except BrokenPipeError:  # whoever read the output has seen enough; what is left to flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, OSError, ImportError) as error:
         _complain(error)
         return 2
