@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, each in a fresh namespace."""
+"""The Python examples of the README and the docs run as they stand, each in a fresh namespace."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
+EXAMPLES = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)]
 
 
 @pytest.mark.parametrize("source", EXAMPLES, ids=[source.strip().splitlines()[0][:40] for source in EXAMPLES])

@@ -207,17 +207,12 @@ def chosen_device(name: str) -> torch.device:
 
 def environment(device: torch.device) -> dict[str, str]:
     """Versions, device and time, for reports."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    from .. import __version__
     from ..info import kernel_of
 
-    try:
-        own = version("ncpvae")
-    except PackageNotFoundError:
-        own = "not installed"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "ncpvae": own,
+        "ncpvae": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": f"{device.type}: {where}",
