@@ -162,7 +162,7 @@ def test_a_diverging_run_is_a_failure(tmp_path, capsys):
 def test_torchrun_trains_in_two_processes(tmp_path):
     pytest.importorskip("sklearn")
     run = tmp_path / "run"
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     train = ["-m", "ncpvae", "train", "digits", "--steps", "20", "--channels", "4", "8", "--output", str(run), *SMALL]
     done = subprocess.run(
         [sys.executable, *launch, *train],
