@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ncpvae.train import CheckpointError, Execution, TrainingDiverged, TrainingInterrupted
@@ -409,6 +410,12 @@ def tensor_only(path, name):
     record(path, files=without(path, name) | {name: (path / name).stat().st_size})
 
 
+def other_best(path):
+    save_file({"0.weight": torch.zeros(3)}, path / "best.safetensors")
+    size = (path / "best.safetensors").stat().st_size
+    record(path, files=without(path, "best.safetensors") | {"best.safetensors": size})
+
+
 class Bomb:
     def __reduce__(self):
         return (os.system, ("touch " + os.environ["NCPVAE_BOMB"],))
@@ -445,6 +452,7 @@ def bomb(path, name):
         (lambda p: change(p, history=[]), "history must hold the best step 15"),
         (lambda p: change(p, since_log={"sums": {"a": "b"}}), "running means must be numbers"),
         (lambda p: record(p, files=without(p, "best.safetensors")), "best.safetensors does not hold the weights"),
+        (lambda p: other_best(p), "best.safetensors does not hold the weights"),
         (lambda p: tensor_only(p, "optimizer.bin"), "cannot be read"),
     ],
 )

@@ -18,7 +18,7 @@ from ..metrics import FeatureClassifier, InceptionFeatures
 from ..priors import NoiseContrastivePrior
 from ..recipes import Evaluation
 from ..report import Metric
-from ..samplers import SIR, Langevin
+from ..samplers import SIR, Diagnostics, Langevin
 from ..sharding import sample_sharded
 from ..train.execution import processes
 from ..vae import VAE
@@ -54,10 +54,15 @@ def evaluate(
     vae, prior = run.vae(), run.prior() if run.has_prior() else None
     figures = likelihoods(run, vae, prior, seed)
     if prior is not None:
-        figures += ratio(run, prior)
+        figures += ratio(run)
+    base, ncp, diagnostics = drawn(run, vae, prior, seed)
     if run.recipe.shape == (2,) and run.recipe.data == "gaussians":
-        figures += modes(run, vae, prior, seed)
-    figures += fidelity(run, vae, prior, features, seed)
+        figures += modes(run, vae, prior, base, ncp, seed)
+    figures += fidelity(run, base, ncp, features, seed)
+    if diagnostics is not None:
+        ess, count = float(diagnostics.ess.mean()), diagnostics.num_proposals
+        how = f"mean over {len(base):,} samples, of {count:,} base draws each; seed {seed}"
+        figures.append(Metric("effective sample size", "draws", None, ess, None, protocol=how))
     if processes().is_main_process:
         record = {
             "figures": [asdict(figure) for figure in figures],
@@ -142,7 +147,7 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
             ncp=nll[key].nll,
             lower_is_better=True,
             ncp_error=nll[key].standard_error,
-            protocol=f"{protocol}; NCP {how}; compared image by image",
+            protocol=f"{protocol}; NCP {how}; compared example by example",
             difference_error=spreads[key],
             **base,
         )
@@ -162,7 +167,7 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
     return rows
 
 
-def ratio(run: Run, prior: NoiseContrastivePrior) -> list[Metric]:
+def ratio(run: Run) -> list[Metric]:
     """What stage two found out about q(z) and the base."""
     path = run.prior_folder / "result.json"
     result = read_json(path, "result of stage two")
@@ -184,7 +189,9 @@ def ratio(run: Run, prior: NoiseContrastivePrior) -> list[Metric]:
     ]
 
 
-def modes(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int) -> list[Metric]:
+def modes(
+    run: Run, vae: VAE, prior: NoiseContrastivePrior | None, base: Tensor, ncp: Tensor | None, seed: int
+) -> list[Metric]:
     """25 Gaussians: the share of samples within 4σ of a mode, and the best likelihood there is."""
     from .. import data
 
@@ -192,7 +199,6 @@ def modes(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int) ->
         distance = torch.cdist(x, data.gaussian_grid_means()).amin(1)
         return float((distance <= 4 * data.GAUSSIANS_STD).float().mean())
 
-    base, ncp, _ = drawn(run, vae, prior, seed)
     entropy, num = data.gaussian_grid_entropy(), f"{len(base):,} samples"
     rows = [Metric("entropy of the data, which no NLL can be below", "nats per example", entropy, entropy, None)]
     if prior is None or ncp is None:
@@ -211,23 +217,21 @@ def modes(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int) ->
 
 
 def drawn(
-    run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int, num: int | None = None
-) -> tuple[Tensor, Tensor | None, Any]:
+    run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int
+) -> tuple[Tensor, Tensor | None, Diagnostics | None]:
     """Samples as pictures or points from the base and, by SIR, from the noise contrastive prior; its diagnostics."""
     e = run.recipe.evaluation
-    num = num or e.samples
-    base = decoded(run, vae, from_base(vae.prior_distribution(), num, seed), seed)
+    base = decoded(run, vae, from_base(vae.prior_distribution(), e.samples, seed), seed)
     if prior is None:
         return base, None, None
-    result = sample_sharded(prior(), num, SIR(e.sir_proposals), seed)
+    result = sample_sharded(prior(), e.samples, SIR(e.sir_proposals), seed)
     return base, decoded(run, vae, result.z, seed), result.diagnostics
 
 
-def fidelity(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, features: str | None, seed: int) -> list[Metric]:
+def fidelity(run: Run, base: Tensor, ncp: Tensor | None, features: str | None, seed: int) -> list[Metric]:
     """Distances between samples and test examples, density and coverage, and the memorisation check."""
     dataset, e = run.dataset, run.recipe.evaluation
     scale = dataset.levels or 1
-    base, ncp, diagnostics = drawn(run, vae, prior, seed)
     sides = {"base": base, "ncp": ncp}
     test, train = (part.float() / scale for part in (dataset.splits.test, dataset.splits.train))
     extractor = None if len(run.recipe.shape) != 3 else _extractor(features, run)
@@ -259,10 +263,6 @@ def fidelity(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, features: 
     rows.append(
         _row("memorisation C_T", "", copies, "statistic", None, f"{copies['base'].protocol}; {where}; {meaning}")
     )
-    if diagnostics is not None:
-        ess = float(diagnostics.ess.mean())
-        how = f"mean over {e.samples:,} samples, of {diagnostics.num_proposals:,} base draws each; seed {seed}"
-        rows.append(Metric("effective sample size", "draws", None, ess, None, protocol=how))
     return rows
 
 

@@ -74,12 +74,11 @@ def save(
             record = {"format": FORMAT, "version": VERSION, "step": step, "files": sizes, "state": state}
             write_atomic(writing / STATE_FILE, json.dumps(record) + "\n")
     if main:
-        unfinished = list(folder.glob(".step-*.tmp"))  # by a process that was killed
         kept = [p for p in checkpoints_in(folder) if number_of(p) <= step]  # later ones are of a future given up
         for old in checkpoints_in(folder):
             if old not in kept[-keep:]:
                 old.rename(folder / f".{old.name}.tmp")  # a kill while it is deleted leaves no half of a checkpoint
-        for old in (*unfinished, *folder.glob(".step-*.tmp")):
+        for old in folder.glob(".step-*.tmp"):  # also what a process that was killed had begun to write
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return path

@@ -136,13 +136,8 @@ def train(
     factor = learning_rate_factor(schedule, steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters)
-    known: dict[str, Any] = {
-        "seed": seed,
-        "steps": steps,
-        "lr": lr,
-        "validate_every": validate_every,
-        "patience": patience,
-    }
+    known: dict[str, Any] = {"seed": seed, "steps": steps, "lr": lr}
+    known |= {"validate_every": validate_every, "patience": patience}
     known |= {"ema_decay": execution.ema_decay, "max_grad_norm": execution.max_grad_norm}
     known |= {"optimizer": type(adam).__name__, **(settings or {})}
     known |= {} if callable(schedule) else {"schedule": schedule}
@@ -239,7 +234,6 @@ class _Loop:
             self.since_validation, self.since_log = Means(**state["since_validation"]), Means(**state["since_log"])
             self.state = {key: state[key] for key in self.state} | {"step": step}
             self._check_state()
-            self.best_weights = tensors.get("best")
             if self.ema is not None:
                 self.ema.load_state_dict(tensors["ema"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -247,8 +241,8 @@ class _Loop:
             raise checkpoint.CheckpointError(
                 f"checkpoint {path} does not hold what this run needs ({type(error).__name__}): {reason}"
             ) from error
-        self._check_best(path)
-        self.last_checkpoint = path
+        self._check_best(path, tensors.get("best"))
+        self.best_weights, self.last_checkpoint = tensors.get("best"), path  # only now: a run that fails ends with them
 
     def _check_state(self) -> None:
         """The state has the types and values that a run of this length can have."""
@@ -267,10 +261,10 @@ class _Loop:
         if s["best_value"] is not None and s["best_step"] not in rows:
             raise ValueError(f"history must hold the best step {s['best_step']}")
 
-    def _check_best(self, path: Path) -> None:
+    def _check_best(self, path: Path, best: dict[str, Tensor] | None) -> None:
         """There are best weights where there is a best step, and they are those of this model."""
         own = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in (self.best_weights or {}).items()}
+        found = {name: tensor.shape for name, tensor in (best or {}).items()}
         if found != (own if self.state["best_value"] is not None else {}):
             raise checkpoint.CheckpointError(f"{path / 'best.safetensors'} does not hold the weights of this model")
 
@@ -341,10 +335,8 @@ class _Loop:
                 self.accelerator.backward(next(iter(terms.values())))
                 if self.execution.max_grad_norm is not None and self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.execution.max_grad_norm)
-                    terms = {
-                        **terms,
-                        "grad_norm": checkpoint.whole(norm) * accumulation,
-                    }  # it is averaged below, but there is one
+                    norm = checkpoint.whole(norm) * accumulation  # terms are averaged below, but there is one norm
+                    terms = {**terms, "grad_norm": norm}
                 if self.accelerator.scaler is not None:
                     self.optimizer.step()
                     self.optimizer.zero_grad()
