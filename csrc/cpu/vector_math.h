@@ -68,6 +68,39 @@ inline double fast_exp(double x) {
   return (1.0 + (r + r * r * q)) * power_of_two(half) * power_of_two(rest);
 }
 
+// e^x for x ≤ 0, within 2 ulp; 0 where that is below the normal numbers, NaN at NaN. Half the work of `fast_exp`, for
+// values whose maximum has been taken off.
+inline float exp_nonpositive(float x) {
+  const float rounded = x * 0x1.715476p+0f + kRoundFloat;
+  const float n = rounded - kRoundFloat;
+  const float r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;
+  float q = 0x1.6d10fcp-10f;
+  q = q * r + 0x1.120b62p-7f;
+  q = q * r + 0x1.55551ap-5f;
+  q = q * r + 0x1.5554dep-3f;
+  q = q * r + 0.5f;
+  const float e = (1.0f + (r + r * r * q)) * power_of_two(rounded);
+  return x < -87.33f ? 0.0f : e;
+}
+
+inline double exp_nonpositive(double x) {
+  const double rounded = x * 0x1.71547652b82fep+0 + kRoundDouble;
+  const double n = rounded - kRoundDouble;
+  const double r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+  double q = 0x1.af389ecfc4b9cp-26;
+  q = q * r + 0x1.28917c89a43a7p-22;
+  q = q * r + 0x1.71de0db2f6b19p-19;
+  q = q * r + 0x1.a019b9149a41cp-16;
+  q = q * r + 0x1.a01a01a7c2efep-13;
+  q = q * r + 0x1.6c16c17889ef1p-10;
+  q = q * r + 0x1.11111111109b5p-7;
+  q = q * r + 0x1.5555555553d68p-5;
+  q = q * r + 0x1.5555555555556p-3;
+  q = q * r + 0.5;
+  const double e = (1.0 + (r + r * r * q)) * power_of_two(rounded);
+  return x < -708.0 ? 0.0 : e;
+}
+
 // log x within 2 ulp for positive, normal, finite x.
 inline float fast_log(float x) {
   // x = 2^e · m with m in [√½, √2), so that a result near 0 keeps its relative accuracy
