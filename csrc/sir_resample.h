@@ -19,7 +19,8 @@ NCPVAE_HD Summary merge(const Summary& a, const Summary& b) {
   if (std::isnan(a.log_max) || std::isnan(b.log_max)) return {NAN, NAN, NAN};
   const double log_max = a.log_max > b.log_max ? a.log_max : b.log_max;
   const double origin = log_max == -INFINITY ? 0.0 : log_max;
-  const double scale_a = exp(a.log_max - origin), scale_b = exp(b.log_max - origin);
+  const double scale_a = a.log_max == origin ? 1.0 : exp(a.log_max - origin);
+  const double scale_b = b.log_max == origin ? 1.0 : exp(b.log_max - origin);
   return {log_max, a.total * scale_a + b.total * scale_b,
           a.total_sq * scale_a * scale_a + b.total_sq * scale_b * scale_b};
 }
@@ -32,8 +33,8 @@ struct Draw {
 
 NCPVAE_HD Draw draw(Seed seed, uint64_t row_draw, uint32_t tile, const Summary& tile_summary) {
   const Words words = random_words(seed, row_draw, tile);
-  const double noise = gumbel(uniform52(words.x[0], words.x[1]));
-  return {tile_summary.log_max + log(tile_summary.total) + noise,
+  const double exponential = -log(uniform52(words.x[0], words.x[1]));  // its −log is a standard Gumbel
+  return {tile_summary.log_max + log(tile_summary.total / exponential),
           uniform52(words.x[2], words.x[3]) * tile_summary.total};
 }
 

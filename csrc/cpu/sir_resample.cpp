@@ -1,9 +1,11 @@
 // CPU kernels of sir_resample and sir_update. Contract: python/ncpvae/ops/sir_resample.py.
 #include "sir_resample.h"
 
+#include <memory>
 #include <tuple>
 #include <vector>
 
+#include "convert.h"
 #include "tensor.h"
 #include "vector_math.h"
 
@@ -13,72 +15,85 @@ namespace {
 using sir::kTile;
 using sir::Summary;
 
-constexpr int64_t kBlock = 32;  // elements whose sum is kept, so that a pick need not scan the whole tile
-constexpr int64_t kBlocks = kTile / kBlock;
+constexpr int64_t kBlock = 32;       // elements that a pick passes over at once
+constexpr int64_t kSumGroup = 128;   // elements summed in the weights' own precision, before float64
 constexpr int64_t kDrawGroup = 64;   // draws of a row that are picked together
-constexpr int64_t kTileGrain = 16;   // tiles worth a thread of their own
+constexpr int64_t kHeldTiles = 16;   // rows of no more tiles are kept, exponentiated, until their draws are done
+constexpr int64_t kTileGrain = 32;   // tiles worth a thread of their own
 constexpr double kNone = -INFINITY;  // key of a draw without a choice
 
-// One tile of a row: e = exp(w − max w), zero past the end of a short tile, and its partial sums.
-template <typename T>
-struct Tile {
-  alignas(64) T e[kTile];
-  double block_sum[kBlocks];
-  Summary summary;
-};
-
+// e = exp(w − origin) for kLanes elements, added to the sums of e and e².
 template <typename A>
-void sum_blocks(Tile<A>& tile) {
-  double total = 0;
-  Lanes<double> squares = {};
-  for (int64_t block = 0; block < kBlocks; ++block) {
-    const A* values = tile.e + block * kBlock;
-    Lanes<double> sum = {};
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kBlock; i += sum.width) {
-      const Vector<double> e = load_double(values + i);
-      sum.part[i / sum.width % sum.parts] += e;
-      squares.part[i / sum.width % sum.parts] += e * e;
-    }
-    tile.block_sum[block] = sum.sum();
-    total += tile.block_sum[block];
+inline void exponentiate_lanes(const A* w, A origin, A* e, Lanes<A>& total, Lanes<A>& squares) {
+#pragma GCC unroll 8
+  for (int64_t p = 0; p < total.parts; ++p) {
+    const Vector<A> value = exp_nonpositive(load(w + p * total.width) - origin);
+    store(e + p * total.width, value);
+    total.part[p] += value;
+    squares.part[p] += value * value;
   }
-  tile.summary.total = total;
-  tile.summary.total_sq = squares.sum();
 }
 
-template <typename T, typename A = Accumulate<T>>
-void load_tile(const T* log_weights, int64_t size, Tile<A>& tile) {
-  for (int64_t i = 0; i < size; ++i) tile.e[i] = static_cast<A>(log_weights[i]);
-  for (int64_t i = size; i < kTile; ++i) tile.e[i] = -static_cast<A>(INFINITY);
-  const A max = lane_max(tile.e, kTile);
-  const A origin = max == -static_cast<A>(INFINITY) ? A(0) : max;
-  for (int64_t i = 0; i < kTile; ++i) tile.e[i] = fast_exp(tile.e[i] - origin);
-  sum_blocks(tile);
-  tile.summary.log_max = max;
-  // A NaN weight is passed over by the maximum and arrives in the sum; +inf − (+inf) is NaN too.
-  if (std::isnan(tile.summary.total)) tile.summary = {NAN, NAN, NAN};
-}
-
-// The first element at which the cumulative sum exceeds the threshold; where rounding lets none exceed it, the last
-// element with positive weight.
+// e = exp(w − max w) for a tile of `size` weights, zero past its end, and its sums. `w` may be `e` itself.
 template <typename A>
-int64_t pick(const Tile<A>& tile, double threshold) {
+Summary exponentiate_tile(const A* w, int64_t size, A* e) {
+  constexpr A none = -static_cast<A>(INFINITY);
+  const A max = lane_max(w, size), origin = max == none ? A(0) : max;
+  const int64_t whole = size / kLanes * kLanes;
+  Lanes<double> total = {}, squares = {};
+  for (int64_t start = 0; start < size; start += kSumGroup) {
+    Lanes<A> group_total = {}, group_squares = {};
+    const auto take = [&](int64_t i) {
+      __builtin_prefetch(w + i + kTile);  // the next tile: the processor itself looks no further than a page
+      exponentiate_lanes(w + i, origin, e + i, group_total, group_squares);
+    };
+    if (start + kSumGroup <= whole) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kSumGroup; i += kLanes) take(start + i);
+    } else {
+      for (int64_t i = start; i < whole; i += kLanes) take(i);
+    }
+    if (start + kSumGroup > whole && whole < size) {
+      A rest[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) rest[l] = whole + l < size ? w[whole + l] : none;
+      exponentiate_lanes(rest, origin, e + whole, group_total, group_squares);
+    }
+    add_as_double(total, group_total);
+    add_as_double(squares, group_squares);
+  }
+  for (int64_t i = (size + kLanes - 1) / kLanes * kLanes; i < kTile; ++i) e[i] = 0;
+  // A NaN weight is passed over by the maximum and arrives in the sum; +inf − (+inf) is NaN too.
+  const Summary summary{max, total.sum(), squares.sum()};
+  return std::isnan(summary.total) ? Summary{NAN, NAN, NAN} : summary;
+}
+
+template <typename A>
+double sum_block(const A* e) {
+  Lanes<double> sum = {};
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kBlock; i += sum.width) sum.part[i / sum.width % sum.parts] += load_double(e + i);
+  return sum.sum();
+}
+
+// The first element of a tile at which the cumulative sum exceeds the threshold; where rounding lets none exceed it, the
+// last element with positive weight.
+template <typename A>
+int64_t pick(const A* e, double threshold) {
   int64_t block = 0;
   double before = 0, running = 0;
-  for (int64_t b = 0; b < kBlocks; ++b) {
-    if (tile.block_sum[b] > 0) {
+  for (int64_t b = 0; b < kTile && !(running > threshold); b += kBlock) {
+    const double sum = sum_block(e + b);
+    if (sum > 0) {
       block = b;
       before = running;
     }
-    running += tile.block_sum[b];
-    if (running > threshold) break;
+    running += sum;
   }
-  int64_t last = block * kBlock;
-  for (int64_t i = last; i < (block + 1) * kBlock; ++i) {
-    if (!(tile.e[i] > 0)) continue;
+  int64_t last = block;
+  for (int64_t i = block; i < block + kBlock; ++i) {
+    if (!(e[i] > 0)) continue;
     last = i;
-    before += tile.e[i];
+    before += e[i];
     if (before > threshold) break;
   }
   return last;
@@ -86,15 +101,24 @@ int64_t pick(const Tile<A>& tile, double threshold) {
 
 template <typename T>
 struct Problem {
+  using A = Accumulate<T>;
   const T* log_weights;  // [B, M]
   int64_t rows, count, draws;
   Seed seed;
   int64_t next_index, next_tile;
 
   int64_t tiles() const { return (count + kTile - 1) / kTile; }
-  void load(int64_t row, int64_t t, Tile<Accumulate<T>>& tile) const {
+
+  // e = exp(w − max w) of a row's tile, zero past its end
+  Summary load(int64_t row, int64_t t, A* e) const {
     const int64_t start = t * kTile, size = count - start < kTile ? count - start : kTile;
-    load_tile(log_weights + row * count + start, size, tile);
+    const T* from = log_weights + row * count + start;
+    if constexpr (std::is_same_v<T, A>) {
+      return exponentiate_tile(from, size, e);
+    } else {
+      widen(from, size, e);
+      return exponentiate_tile<A>(e, size, e);
+    }
   }
 };
 
@@ -105,17 +129,24 @@ struct State {
   double *log_max, *total, *total_sq;
 };
 
-// Decides the draws [first, last) of a row. `tiles` are the summaries of the row's tiles.
-template <typename T>
-void draw_group(const Problem<T>& p, int64_t row, int64_t first, int64_t last, const Summary* tiles, const State& state,
-                Tile<Accumulate<T>>& tile) {
+// A row's tiles as its draws see them.
+template <typename A>
+struct Row {
+  const Summary* summaries;
+  const A* held;  // its exponentials, or null where a tile that wins is to be loaded again
+};
+
+// Decides the draws [first, last) of a row; `space` is room for one tile.
+template <typename T, typename A = Accumulate<T>>
+void draw_group(const Problem<T>& p, int64_t row, const Row<A>& tiles, int64_t first, int64_t last, const State& state,
+                A* space) {
   int64_t winner[kDrawGroup];
   double threshold[kDrawGroup];
   for (int64_t d = first; d < last; ++d) {
     const int64_t row_draw = row * p.draws + d;
     winner[d - first] = -1;
     for (int64_t t = 0; t < p.tiles(); ++t) {
-      const sir::Draw draw = sir::draw(p.seed, row_draw, static_cast<uint32_t>(p.next_tile + t), tiles[t]);
+      const sir::Draw draw = sir::draw(p.seed, row_draw, static_cast<uint32_t>(p.next_tile + t), tiles.summaries[t]);
       if (draw.key > state.key[row_draw]) {
         state.key[row_draw] = draw.key;
         winner[d - first] = t;
@@ -126,50 +157,77 @@ void draw_group(const Problem<T>& p, int64_t row, int64_t first, int64_t last, c
   for (int64_t d = first; d < last; ++d) {
     const int64_t t = winner[d - first];
     if (t < 0) continue;
-    p.load(row, t, tile);
+    if (!tiles.held) p.load(row, t, space);
+    const A* e = tiles.held ? tiles.held + t * kTile : space;
     for (int64_t same = d; same < last; ++same) {
       if (winner[same - first] != t) continue;
       winner[same - first] = -1;
-      state.index[row * p.draws + same] = p.next_index + t * kTile + pick(tile, threshold[same - first]);
+      state.index[row * p.draws + same] = p.next_index + t * kTile + pick(e, threshold[same - first]);
     }
   }
 }
 
+// A row's tiles are folded in order, so that streaming whole tiles rounds exactly as one call does.
+void fold(const Summary* summaries, int64_t tiles, const State& state, int64_t row) {
+  Summary sum{state.log_max[row], state.total[row], state.total_sq[row]};
+  for (int64_t t = 0; t < tiles; ++t) sum = merge(sum, summaries[t]);
+  state.log_max[row] = sum.log_max;
+  state.total[row] = sum.total;
+  state.total_sq[row] = sum.total_sq;
+}
+
+// The draws of group `group` of a row whose tiles have been folded into the state.
+template <typename T, typename A = Accumulate<T>>
+void draw(const Problem<T>& p, int64_t row, const Row<A>& tiles, int64_t group, const State& state, A* space) {
+  const int64_t first = group * kDrawGroup, last = first + kDrawGroup < p.draws ? first + kDrawGroup : p.draws;
+  if (!std::isnan(state.log_max[row])) return draw_group(p, row, tiles, first, last, state, space);
+  for (int64_t d = first; d < last; ++d) {
+    state.key[row * p.draws + d] = kNone;
+    state.index[row * p.draws + d] = -1;
+  }
+}
+
+// Short rows: a thread takes a row from beginning to end, its exponentials in the cache.
+template <typename T, typename A = Accumulate<T>>
+void update_short_rows(const Problem<T>& p, const State& state) {
+  const int64_t tiles = p.tiles(), groups = (p.draws + kDrawGroup - 1) / kDrawGroup;
+  torch::stable::parallel_for(0, p.rows, (kTileGrain + tiles - 1) / tiles, [&](int64_t begin, int64_t end) {
+    alignas(64) A e[kHeldTiles * kTile];
+    Summary summaries[kHeldTiles];
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t t = 0; t < tiles; ++t) summaries[t] = p.load(row, t, e + t * kTile);
+      fold(summaries, tiles, state, row);
+      for (int64_t group = 0; group < groups; ++group) draw(p, row, Row<A>{summaries, e}, group, state, e);
+    }
+  });
+}
+
+// Long rows: threads share out their tiles, then the draws.
+template <typename T, typename A = Accumulate<T>>
+void update_long_rows(const Problem<T>& p, const State& state) {
+  const int64_t tiles = p.tiles(), groups = (p.draws + kDrawGroup - 1) / kDrawGroup;
+  const std::unique_ptr<Summary[]> summaries(new Summary[p.rows * tiles]);
+  torch::stable::parallel_for(0, p.rows * tiles, kTileGrain, [&](int64_t begin, int64_t end) {
+    alignas(64) A e[kTile];
+    for (int64_t i = begin; i < end; ++i) summaries[i] = p.load(i / tiles, i % tiles, e);
+  });
+  for (int64_t row = 0; row < p.rows; ++row) fold(summaries.get() + row * tiles, tiles, state, row);
+  torch::stable::parallel_for(0, p.rows * groups, 1, [&](int64_t begin, int64_t end) {
+    alignas(64) A e[kTile];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / groups;
+      draw(p, row, Row<A>{summaries.get() + row * tiles, nullptr}, i % groups, state, e);
+    }
+  });
+}
+
 template <typename T>
 void update(const Problem<T>& p, const State& state) {
-  const int64_t tiles = p.tiles(), groups = (p.draws + kDrawGroup - 1) / kDrawGroup;
-  std::vector<Summary> storage(p.rows * tiles);
-  Summary* summaries = storage.data();
-  torch::stable::parallel_for(0, p.rows * tiles, kTileGrain, [&](int64_t begin, int64_t end) {
-    Tile<Accumulate<T>> tile;
-    for (int64_t i = begin; i < end; ++i) {
-      p.load(i / tiles, i % tiles, tile);
-      summaries[i] = tile.summary;
-    }
-  });
-  // Tiles are folded in order, so that streaming whole tiles rounds exactly as one call does.
-  for (int64_t row = 0; row < p.rows; ++row) {
-    Summary sum{state.log_max[row], state.total[row], state.total_sq[row]};
-    for (int64_t t = 0; t < tiles; ++t) sum = merge(sum, summaries[row * tiles + t]);
-    state.log_max[row] = sum.log_max;
-    state.total[row] = sum.total;
-    state.total_sq[row] = sum.total_sq;
+  if (p.tiles() <= kHeldTiles) {
+    update_short_rows(p, state);
+  } else {
+    update_long_rows(p, state);
   }
-  torch::stable::parallel_for(0, p.rows * groups, 8, [&](int64_t begin, int64_t end) {
-    Tile<Accumulate<T>> tile;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / groups, first = i % groups * kDrawGroup;
-      const int64_t last = first + kDrawGroup < p.draws ? first + kDrawGroup : p.draws;
-      if (!std::isnan(state.log_max[row])) {
-        draw_group(p, row, first, last, summaries + row * tiles, state, tile);
-        continue;
-      }
-      for (int64_t d = first; d < last; ++d) {
-        state.key[row * p.draws + d] = kNone;
-        state.index[row * p.draws + d] = -1;
-      }
-    }
-  });
 }
 
 Seed check_and_read(const char* op, const Tensor& log_weights, const Tensor& seed) {

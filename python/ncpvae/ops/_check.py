@@ -19,7 +19,7 @@ def floating(op: str, name: str, value: object, dims: int | None = None) -> None
 
 
 def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tuple(value.shape) != expected:
+    if value.shape != expected:
         raise ValueError(f"{op}: {name} must have shape {meaning} = {expected}, got {tuple(value.shape)}")
 
 
@@ -29,7 +29,9 @@ def at_least_one(op: str, name: str, value: Tensor, dim: int, letter: str) -> No
 
 
 def like(op: str, name: str, value: object, other_name: str, other: Tensor) -> None:
-    """`value` is a tensor with `other`'s dtype and device."""
+    """`value` is a tensor with the dtype and device of `other`, whose dtype has been checked."""
+    if isinstance(value, Tensor) and value.dtype == other.dtype and value.device == other.device:
+        return
     floating(op, name, value)
     assert isinstance(value, Tensor)
     if value.dtype != other.dtype:
@@ -54,6 +56,8 @@ def seed(op: str, value: object, other_name: str, other: Tensor) -> None:
 
 def number(op: str, name: str, value: object, minimum: float, strict: bool = False) -> None:
     """`value` is a finite Python number, at least (`strict`: above) `minimum`."""
+    if type(value) is float and minimum < value < math.inf:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     finite = -math.inf < value < math.inf  # math.isfinite does not take torch.compile's symbolic numbers

@@ -54,8 +54,10 @@ def _check_arguments(op, z, score, seed, step_size, base_mean, base_std, tempera
         if value is None:
             continue
         _check.like(op, name, value, "z", z)
-        trailing = zip(reversed(value.shape), reversed(z.shape), strict=False)
-        if value.dim() > z.dim() or any(have not in (1, want) for have, want in trailing):
+        trailing = z.shape[z.dim() - value.dim() :] if value.dim() <= z.dim() else None
+        if value.shape == trailing:
+            continue
+        if trailing is None or any(have not in (1, want) for have, want in zip(value.shape, trailing, strict=True)):
             raise ValueError(f"{op}: {name} must broadcast to z's shape {tuple(z.shape)}, got {tuple(value.shape)}")
 
 
@@ -84,7 +86,7 @@ def langevin_step(
     Source: NCP-VAE, section 3.3, with E(z) = −log r(z) − log p(z).
     """
     _check_arguments("langevin_step", z, score, seed, step_size, base_mean, base_std, temperature)
-    return torch.ops.ncpvae.langevin_step(z, score, seed, step_size, base_mean, base_std, temperature)
+    return _library.call(torch.ops.ncpvae.langevin_step.default, z, score, seed, step_size, base_mean, base_std, temperature)
 
 
 def langevin_step_(

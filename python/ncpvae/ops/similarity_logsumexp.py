@@ -62,4 +62,4 @@ def similarity_logsumexp(z: Tensor, x: Tensor, scale: Tensor | float) -> tuple[T
         scale = torch.tensor(float(scale), dtype=reference.accumulation_dtype(z.dtype), device=z.device)
     _check.floating(op, "scale", scale, dims=0)
     _check.same_device(op, "scale", scale, "z", z)
-    return torch.ops.ncpvae.similarity_logsumexp(z, x, scale)
+    return _library.call(torch.ops.ncpvae.similarity_logsumexp.default, z, x, scale)

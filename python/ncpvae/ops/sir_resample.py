@@ -82,7 +82,7 @@ def sir_resample(log_weights: Tensor, seed: Tensor, num_samples: int = 1) -> tup
     """
     _check_weights("sir_resample", log_weights, seed)
     _check.count("sir_resample", "num_samples", num_samples)
-    return torch.ops.ncpvae.sir_resample(log_weights, seed, num_samples)
+    return _library.call(torch.ops.ncpvae.sir_resample.default, log_weights, seed, num_samples)
 
 
 class SIRState(NamedTuple):
