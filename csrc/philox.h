@@ -28,13 +28,16 @@ NCPVAE_HD uint32_t multiply_high(uint32_t a, uint32_t b) {
 #endif
 }
 
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+
 NCPVAE_HD Words philox4x32(Words c, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
-    const uint32_t high0 = multiply_high(0xD2511F53u, c.x[0]), low0 = 0xD2511F53u * c.x[0];
-    const uint32_t high1 = multiply_high(0xCD9E8D57u, c.x[2]), low1 = 0xCD9E8D57u * c.x[2];
+    const uint32_t high0 = multiply_high(kPhiloxMultiplier0, c.x[0]), low0 = kPhiloxMultiplier0 * c.x[0];
+    const uint32_t high1 = multiply_high(kPhiloxMultiplier1, c.x[2]), low1 = kPhiloxMultiplier1 * c.x[2];
     c = Words{{high1 ^ c.x[1] ^ key0, low1, high0 ^ c.x[3] ^ key1, low0}};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
   }
   return c;
 }

@@ -4,29 +4,87 @@
 #include <optional>
 #include <vector>
 
+#include "convert.h"
 #include "tensor.h"
 #include "vector_math.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace ncpvae {
 namespace {
 
 constexpr int64_t kChunk = 256;      // elements that a thread works on at a time, in the first-level cache
+constexpr int64_t kBlocks = kChunk / 4;  // of four Normals
 constexpr int64_t kChunkGrain = 16;  // chunks worth a thread of their own
 constexpr int64_t kMaxDims = 64;
+
+typedef Vector<uint64_t> Wide;  // 32-bit words in 64-bit lanes; what the upper halves hold does not matter
+constexpr int64_t kWideLanes = VectorOf<uint64_t>::lanes;
+
+// The products of the lower halves.
+inline Wide multiply_words(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return bits_as<Wide>(_mm512_maskz_mul_epu32(0xff, bits_as<__m512i>(a), bits_as<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bits_as<Wide>(_mm256_mul_epu32(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+#elif defined(__SSE2__)
+  return bits_as<Wide>(_mm_mul_epu32(bits_as<__m128i>(a), bits_as<__m128i>(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// words[i][b] = word i of block first_block + b: `random_words` for many blocks side by side.
+void fill_words(Seed seed, uint64_t first_block, uint32_t (&words)[4][kBlocks]) {
+  const auto key = static_cast<uint64_t>(seed.key), stream = static_cast<uint64_t>(seed.stream);
+  Wide lane, zero = {};
+  for (int64_t l = 0; l < kWideLanes; ++l) lane[l] = static_cast<uint64_t>(l);
+  constexpr int64_t chains = 2;  // independent ones, because a round has to wait for its products
+  for (int64_t b = 0; b < kBlocks; b += chains * kWideLanes) {
+    Wide x[chains][4];
+    for (int64_t c = 0; c < chains; ++c) {
+      const Wide index = lane + (first_block + static_cast<uint64_t>(b + c * kWideLanes));
+      x[c][0] = index;
+      x[c][1] = index >> 32;
+      x[c][2] = zero;
+      x[c][3] = zero + stream;
+    }
+    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 2
+      for (int64_t c = 0; c < chains; ++c) {
+        const Wide product0 = multiply_words(x[c][0], zero + kPhiloxMultiplier0);
+        const Wide product1 = multiply_words(x[c][2], zero + kPhiloxMultiplier1);
+        x[c][0] = (product1 >> 32) ^ x[c][1] ^ key0;
+        x[c][1] = product1;
+        x[c][2] = (product0 >> 32) ^ x[c][3] ^ key1;
+        x[c][3] = product0;
+      }
+      key0 += kPhiloxWeyl0;
+      key1 += kPhiloxWeyl1;
+    }
+    for (int64_t c = 0; c < chains; ++c) {
+      for (int64_t i = 0; i < 4; ++i) {
+        for (int64_t l = 0; l < kWideLanes; ++l) {
+          words[i][b + c * kWideLanes + l] = static_cast<uint32_t>(x[c][i][l]);
+        }
+      }
+    }
+  }
+}
 
 // Standard Normals for the kChunk elements from block `first_block` on. Same arithmetic as langevin::normals, laid
 // out so that each loop runs over independent blocks.
 template <typename T>
 void fill_normals(Seed seed, uint64_t first_block, T* noise) {
-  constexpr int64_t blocks = kChunk / 4;
-  alignas(64) uint32_t words[4][blocks];
-  for (int64_t b = 0; b < blocks; ++b) {
-    const Words w = random_words(seed, first_block + b, 0);
-    for (int64_t i = 0; i < 4; ++i) words[i][b] = w.x[i];
-  }
-  alignas(64) T normal[4][blocks];
+  alignas(64) uint32_t words[4][kBlocks];
+  fill_words(seed, first_block, words);
+  alignas(64) T normal[4][kBlocks];
   for (int64_t pair = 0; pair < 4; pair += 2) {
-    for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t b = 0; b < kBlocks; ++b) {
       const T u = static_cast<T>(words[pair][b]) * T(0x1p-32) + T(0x1p-33);
       const T radius = std::sqrt(T(-2) * fast_log(u));
       const T angle = static_cast<T>(words[pair + 1][b]) * static_cast<T>(6.283185307179586 * 0x1p-32);
@@ -36,7 +94,7 @@ void fill_normals(Seed seed, uint64_t first_block, T* noise) {
       normal[pair + 1][b] = radius * sine;
     }
   }
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (int64_t b = 0; b < kBlocks; ++b) {
     for (int64_t i = 0; i < 4; ++i) noise[4 * b + i] = normal[i][b];
   }
 }
@@ -60,7 +118,11 @@ struct Broadcast {
     const int64_t last = dims - 1, step = stride[last];
     while (count > 0) {
       const int64_t run = count < size[last] - at[last] ? count : size[last] - at[last];
-      for (int64_t i = 0; i < run; ++i) out[i] = static_cast<Accumulate<T>>(values[offset + i * step]);
+      if (step == 1) {
+        widen(values + offset, run, out);
+      } else {
+        for (int64_t i = 0; i < run; ++i) out[i] = static_cast<Accumulate<T>>(values[offset + i * step]);
+      }
       out += run;
       count -= run;
       at[last] += run;
@@ -129,22 +191,24 @@ void langevin(const Step& p, const T* z, const T* score, T* out) {
   const A noise_scale = static_cast<A>(std::sqrt(p.step_size * p.temperature));
   const int64_t chunks = (p.count + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks, kChunkGrain, [&](int64_t begin, int64_t end) {
-    alignas(64) A noise[kChunk] = {}, mean[kChunk], std[kChunk], drift[kChunk];
+    alignas(64) A noise[kChunk] = {}, mean[kChunk], std[kChunk], drift[kChunk], here_space[kChunk], next_space[kChunk];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t start = chunk * kChunk, size = p.count - start < kChunk ? p.count - start : kChunk;
       if (p.temperature > 0) fill_normals(p.seed, start / 4, noise);
-      for (int64_t i = 0; i < size; ++i) drift[i] = static_cast<A>(score[start + i]);
+      const A* here = widened(z + start, size, here_space);
+      const A* slope = widened(score + start, size, drift);
       if (p.mean) {
         p.mean->load<T>(start, size, mean);
         p.std->load<T>(start, size, std);
-        for (int64_t i = 0; i < size; ++i) {
-          drift[i] = langevin::drift_with_base(static_cast<A>(z[start + i]), drift[i], mean[i], std[i]);
-        }
+        for (int64_t i = 0; i < size; ++i) drift[i] = langevin::drift_with_base(here[i], slope[i], mean[i], std[i]);
+        slope = drift;
       }
+      A* next = next_space;
+      if constexpr (std::is_same_v<T, A>) next = out + start;
       for (int64_t i = 0; i < size; ++i) {
-        const A next = langevin::step(static_cast<A>(z[start + i]), drift[i], half_step_size, noise_scale, noise[i]);
-        out[start + i] = static_cast<T>(next);
+        next[i] = langevin::step(here[i], slope[i], half_step_size, noise_scale, noise[i]);
       }
+      if constexpr (!std::is_same_v<T, A>) narrow(next, size, out + start);
     }
   });
 }

@@ -113,12 +113,7 @@ struct Problem {
   Summary load(int64_t row, int64_t t, A* e) const {
     const int64_t start = t * kTile, size = count - start < kTile ? count - start : kTile;
     const T* from = log_weights + row * count + start;
-    if constexpr (std::is_same_v<T, A>) {
-      return exponentiate_tile(from, size, e);
-    } else {
-      widen(from, size, e);
-      return exponentiate_tile<A>(e, size, e);
-    }
+    return exponentiate_tile<A>(widened(from, size, e), size, e);
   }
 };
 

@@ -151,3 +151,22 @@ def test_all_ops_run_without_native_kernels(state, tmp_path):
     reason = {"no library": "was not built", "broken library": "failed to load", "disabled": "NCPVAE_DISABLE_NATIVE"}
     assert run.stdout.startswith("all ops ran; ") and reason[state] in run.stdout, run.stdout
     assert run.stderr.count("RuntimeWarning: ncpvae runs its CPU ops") == int(state != "disabled"), run.stderr
+
+
+def test_no_gradient_is_lost_where_the_gradients_layer_is_passed_by():
+    """Without a gradient to compute, ops skip torch's Python layer for it; other ways of asking for one must not."""
+    means = torch.randn(5, 3)
+
+    def total(z):
+        return ncpvae.ops.gaussian_logsumexp(z, means, torch.zeros_like(means)).sum()
+
+    z = torch.randn(4, 3)
+    leaf = z.clone().requires_grad_()
+    assert not total(z).requires_grad
+    assert total(leaf).requires_grad
+    with torch.no_grad():
+        assert not total(leaf).requires_grad
+    with pytest.raises(RuntimeError):  # torch's function transforms do not take gradients registered from Python
+        torch.func.grad(total)(z)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        total(torch.autograd.forward_ad.make_dual(z, torch.ones_like(z)))

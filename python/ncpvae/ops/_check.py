@@ -20,7 +20,7 @@ def floating(op: str, name: str, value: object, dims: int | None = None) -> None
 
 def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     if value.shape != expected:
-        raise ValueError(f"{op}: {name} must have shape {meaning} = {expected}, got {tuple(value.shape)}")
+        raise ValueError(f"{op}: {name} must have shape {meaning} = {tuple(expected)}, got {tuple(value.shape)}")
 
 
 def at_least_one(op: str, name: str, value: Tensor, dim: int, letter: str) -> None:

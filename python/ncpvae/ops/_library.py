@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("ncpvae", "DEF")
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -40,18 +41,20 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
 def call(op: torch._ops.OpOverload, *arguments):
     """`op(*arguments)`, past its gradient's registration where nobody can ask for a gradient.
 
-    A gradient registered from Python costs every call 5 μs, as much as a small kernel. Compilers, function transforms and
-    forward-mode gradients get the op as it is.
+    A gradient registered from Python costs every call 5 μs, as much as a small kernel. Compilers and function
+    transforms get the op as it is.
+
+    Raises:
+        NotImplementedError: for forward-mode gradients, which would be lost without a word.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*arguments)
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{op.name()}: forward-mode gradients are not implemented, use reverse mode")
     if torch.is_grad_enabled():
-        for argument in arguments:
-            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+        for tensor in tensors:
+            if tensor.requires_grad:
                 return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)

@@ -44,7 +44,8 @@ _library.autograd("langevin_step", _backward, _setup_context)
 def _check_arguments(op, z, score, seed, step_size, base_mean, base_std, temperature) -> None:
     _check.floating(op, "z", z)
     _check.like(op, "score", score, "z", z)
-    _check.shape(op, "score", score, tuple(z.shape), "z's")
+    shape = z.shape
+    _check.shape(op, "score", score, shape, "z's")
     _check.seed(op, seed, "z", z)
     _check.number(op, "step_size", step_size, 0.0, strict=True)
     _check.number(op, "temperature", temperature, 0.0)
@@ -54,11 +55,12 @@ def _check_arguments(op, z, score, seed, step_size, base_mean, base_std, tempera
         if value is None:
             continue
         _check.like(op, name, value, "z", z)
-        trailing = z.shape[z.dim() - value.dim() :] if value.dim() <= z.dim() else None
-        if value.shape == trailing:
+        have = value.shape
+        trailing = shape[-len(have) :] if have else have
+        if have == trailing:
             continue
-        if trailing is None or any(have not in (1, want) for have, want in zip(value.shape, trailing, strict=True)):
-            raise ValueError(f"{op}: {name} must broadcast to z's shape {tuple(z.shape)}, got {tuple(value.shape)}")
+        if len(have) > len(shape) or any(h not in (1, w) for h, w in zip(have, trailing, strict=True)):
+            raise ValueError(f"{op}: {name} must broadcast to z's shape {tuple(shape)}, got {tuple(have)}")
 
 
 def langevin_step(
@@ -86,7 +88,9 @@ def langevin_step(
     Source: NCP-VAE, section 3.3, with E(z) = −log r(z) − log p(z).
     """
     _check_arguments("langevin_step", z, score, seed, step_size, base_mean, base_std, temperature)
-    return _library.call(torch.ops.ncpvae.langevin_step.default, z, score, seed, step_size, base_mean, base_std, temperature)
+    return _library.call(
+        torch.ops.ncpvae.langevin_step.default, z, score, seed, step_size, base_mean, base_std, temperature
+    )
 
 
 def langevin_step_(
