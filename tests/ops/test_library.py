@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-import ncpvae.ops  # noqa: F401
+import ncpvae.ops
 from ncpvae.ops import _library
 
 OPS = [
