@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "vector_math.h"
 
@@ -21,9 +22,37 @@ constexpr int64_t kColumnBlock = 256;  // columns of a tile of scores: rows × c
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Memory that begins at a cache line, so that no load of a register crosses from one line to the next.
+constexpr std::align_val_t kCacheLine{64};
+
 template <typename A>
-std::unique_ptr<A[]> zeros(int64_t size) {
-  return std::unique_ptr<A[]>(new A[size]());
+struct FreeAligned {
+  void operator()(A* memory) const { operator delete[](memory, kCacheLine); }
+};
+template <typename A>
+using Buffer = std::unique_ptr<A[], FreeAligned<A>>;
+
+template <typename A>
+Buffer<A> uninitialised(int64_t size) {
+  return Buffer<A>(static_cast<A*>(operator new[](size * sizeof(A), kCacheLine)));
+}
+
+template <typename A>
+Buffer<A> filled(int64_t size, A value) {
+  Buffer<A> buffer = uninitialised<A>(size);
+  for (int64_t i = 0; i < size; ++i) buffer[i] = value;
+  return buffer;
+}
+
+template <typename A>
+Buffer<A> zeros(int64_t size) {
+  return filled<A>(size, A(0));
+}
+
+// How many tasks a thread must have to be worth its start, where one task takes `operations` multiply-adds.
+inline int64_t tasks_per_thread(double operations) {
+  constexpr double kWorthAThread = 1 << 19;
+  return operations >= kWorthAThread ? 1 : static_cast<int64_t>(kWorthAThread / operations) + 1;
 }
 
 // rows [first, first + rows) of a row-major [.., columns] array, converted, into `to` of row length `stride`
@@ -112,12 +141,50 @@ inline void merge_logsumexp(A* max, A* sum, const A* other_max, const A* other_s
 template <typename A>
 inline A exponentiate(A* values, int64_t size, A max) {
   if (max > -INFINITY && max < INFINITY) {
-    for (int64_t i = 0; i < size; ++i) values[i] = fast_exp(values[i] - max);
+    for (int64_t i = 0; i < size; ++i) values[i] = exp_nonpositive(values[i] - max);
   } else {
-    for (int64_t i = 0; i < size; ++i) values[i] = values[i] == max ? A(1) : fast_exp(values[i] - max);
+    for (int64_t i = 0; i < size; ++i) values[i] = values[i] == max ? A(1) : exp_nonpositive(values[i] - max);
   }
   return lane_sum(values, size);
 }
+
+// exp_nonpositive is 0 below this.
+template <typename A>
+constexpr A kNegligible = sizeof(A) == sizeof(float) ? A(-87.33) : A(-708);
+
+// The largest value, NaN passed over, and the plain sum, which shows what the largest value does not: −inf where one of
+// the values is, NaN where one of them is.
+template <typename A>
+struct Survey {
+  A max, sum;
+
+  Survey(const A* values, int64_t size) {
+    const int64_t whole = size / kLanes * kLanes;
+    Lanes<A> most, total = {};
+    for (Vector<A>& part : most.part) part = Vector<A>{} - static_cast<A>(INFINITY);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+#pragma GCC unroll 8
+      for (int64_t p = 0; p < most.parts; ++p) {
+        const Vector<A> next = load(values + i + p * most.width);
+        most.part[p] = next > most.part[p] ? next : most.part[p];
+        total.part[p] += next;
+      }
+    }
+    A lane[kLanes];
+    std::memcpy(lane, most.part, sizeof lane);
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+    }
+    max = lane[0], sum = total.sum();
+    for (int64_t i = whole; i < size; ++i) {
+      max = values[i] > max ? values[i] : max;
+      sum += values[i];
+    }
+  }
+
+  bool has_nan() const { return sum != sum; }  // or infinities of both signs
+  bool finite() const { return sum - sum == 0; }
+};
 
 }  // namespace
 }  // namespace ncpvae
