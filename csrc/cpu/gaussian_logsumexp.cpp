@@ -13,6 +13,7 @@
 namespace ncpvae {
 namespace {
 
+constexpr int64_t kColumnBlock = 256;                // components of a tile of log-joints in the forward pass
 constexpr int64_t kColumnChunk = 16 * kColumnBlock;  // components that one task takes in the forward pass
 constexpr int64_t kSumBlock = 8;                     // squares summed at a stretch: sums of sums round less
 constexpr int64_t kJointRows = kVectorBytes == 64 ? 8 : 4;  // rows of log-joints that the registers hold at once
@@ -110,14 +111,6 @@ void joint_tile(const A* z, const Components<A>& c, int64_t first, int64_t rows,
     for (; i < rows; i += 4) {
       joint_block<4>(z + i, mean, inverse_std, c.D, offset, out + i * out_stride + column, out_stride);
     }
-  }
-}
-
-// rows of z, converted, column by column: to[D, kRowBlock]; zero past the last row
-template <typename T, typename A>
-void copy_columns(const T* z, int64_t first, int64_t rows, int64_t D, A* to) {
-  for (int64_t i = 0; i < kRowBlock; ++i) {
-    for (int64_t d = 0; d < D; ++d) to[d * kRowBlock + i] = i < rows ? static_cast<A>(z[(first + i) * D + d]) : A(0);
   }
 }
 

@@ -6,19 +6,24 @@
 #include <memory>
 #include <new>
 
+#include <torch/csrc/stable/ops.h>
+
 #include "vector_math.h"
 
 namespace ncpvae {
 namespace {
 
 // How many rows and vectors of a product the registers hold at once.
-constexpr int64_t kProductRows = kVectorBytes == 64 ? 8 : kVectorBytes == 32 ? 6 : 4;
+constexpr int64_t kProductRows = kVectorBytes == 64 ? 12 : kVectorBytes == 32 ? 6 : 4;
 constexpr int64_t kProductVectors = 2;
 
-constexpr int64_t kPadding = 16;       // columns of packed operands are padded to a multiple of this
-constexpr int64_t kDepthBlock = 64;    // terms of an inner product that are summed at a stretch
+constexpr int64_t kPadding = 16;       // rows of packed operands are padded to a multiple of this
+constexpr int64_t kDepthBlock = 128;   // terms of an inner product that are summed at a stretch
 constexpr int64_t kRowBlock = 24;      // rows of a tile of scores: a multiple of every kProductRows
-constexpr int64_t kColumnBlock = 256;  // columns of a tile of scores: rows × columns fit the first-level cache
+
+// Columns of a panel, the packed right operand of a product: panels are stored one after the other, each row by row.
+template <typename A>
+constexpr int64_t kPanel = kProductVectors * VectorOf<A>::lanes;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -63,28 +68,56 @@ inline void copy_rows(const T* from, int64_t first, int64_t rows, int64_t column
   }
 }
 
-// A row-major [rows, columns] array as panels of kPadding rows, each stored column by column: [rows/16][columns][16].
+// rows of a row-major [.., columns] array, converted, column by column: to[columns, kRowBlock]; zero past the last row
 template <typename T, typename A>
-inline void pack_panels(const T* from, int64_t rows, int64_t columns, A* to) {
-  for (int64_t i = 0; i < rows; ++i) {
-    A* panel = to + i / kPadding * kPadding * columns + i % kPadding;
-    for (int64_t j = 0; j < columns; ++j) panel[j * kPadding] = static_cast<A>(from[i * columns + j]);
+inline void copy_columns(const T* from, int64_t first, int64_t rows, int64_t columns, A* to) {
+  for (int64_t i = 0; i < kRowBlock; ++i) {
+    const T* row = from + (first + i) * columns;
+    for (int64_t j = 0; j < columns; ++j) to[j * kRowBlock + i] = i < rows ? static_cast<A>(row[j]) : A(0);
   }
 }
 
-// c[rows, vectors · lanes] = or += a[rows, depth] · b[depth, vectors · lanes], the sum in registers
-template <bool kAdd, int64_t rows, int64_t vectors, typename A>
-inline void product_block(const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth, A* c,
-                          int64_t c_stride) {
+// A row-major [rows, columns] array, converted, in panels of columns, the last padded with zeros.
+template <typename T, typename A>
+inline void pack_panels(const T* from, int64_t rows, int64_t columns, A* to) {
+  constexpr int64_t width = kPanel<A>;
+  torch::stable::parallel_for(0, rows, tasks_per_thread(2.0 * columns), [&](int64_t begin, int64_t end) {
+    for (int64_t j = 0; j < columns; j += width) {
+      const int64_t here = columns - j < width ? columns - j : width;
+      for (int64_t i = begin; i < end; ++i) {
+        A* row = to + (j * rows + i * width);
+        for (int64_t l = 0; l < here; ++l) row[l] = static_cast<A>(from[i * columns + j + l]);
+        for (int64_t l = here; l < width; ++l) row[l] = 0;
+      }
+    }
+  });
+}
+
+// The transpose of a row-major [rows, columns] array in panels.
+template <typename T, typename A>
+inline void pack_transposed_panels(const T* from, int64_t rows, int64_t columns, A* to) {
+  constexpr int64_t width = kPanel<A>;
+  const int64_t panels = (rows + width - 1) / width;
+  torch::stable::parallel_for(0, panels, tasks_per_thread(16.0 * width * columns), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * width; i < end * width; ++i) {
+      A* column = to + i / width * width * columns + i % width;
+      for (int64_t j = 0; j < columns; ++j) column[j * width] = i < rows ? static_cast<A>(from[i * columns + j]) : A(0);
+    }
+  });
+}
+
+// c[rows, vectors · lanes] = or += Σ_k a(i, k) b(k, j), the sum in registers; a(i, k) is a[i · a_row + k · a_depth]
+template <bool kAdd, int64_t rows, int64_t vectors, int64_t a_row, int64_t a_depth, typename A>
+inline void product_block(const A* a, const A* b, int64_t depth, A* c, int64_t c_stride) {
   constexpr int64_t lanes = VectorOf<A>::lanes;
   Vector<A> sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector<A> right[vectors];
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < vectors; ++v) right[v] = load(b + k * b_stride + v * lanes);
+    for (int64_t v = 0; v < vectors; ++v) right[v] = load(b + k * kPanel<A> + v * lanes);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; ++i) {
-      const A left = a[i * a_stride + k];
+      const A left = a[i * a_row + k * a_depth];
 #pragma GCC unroll 4
       for (int64_t v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
     }
@@ -99,27 +132,35 @@ inline void product_block(const A* a, int64_t a_stride, const A* b, int64_t b_st
   }
 }
 
-// The same for any number of rows, a panel of kPadding columns, and depth in blocks: sums of sums round less.
-template <bool kAdd, typename A>
-inline void product_panel(const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth, A* c,
-                          int64_t c_stride, int64_t rows) {
-  constexpr int64_t vectors = kPadding / VectorOf<A>::lanes < kProductVectors ? 1 : kProductVectors;
-  constexpr int64_t width = vectors * VectorOf<A>::lanes;
+// The same for a panel of b and any number of rows. Up to three rows more are computed.
+template <bool kAdd, int64_t vectors, int64_t a_row, int64_t a_depth, typename A>
+inline void product_panel(const A* a, const A* b, int64_t depth, A* c, int64_t c_stride, int64_t rows) {
+  int64_t i = 0;
+  for (; i + kProductRows <= rows; i += kProductRows) {
+    product_block<kAdd, kProductRows, vectors, a_row, a_depth>(a + i * a_row, b, depth, c + i * c_stride, c_stride);
+  }
+  for (; i < rows; i += 4) {
+    product_block<kAdd, 4, vectors, a_row, a_depth>(a + i * a_row, b, depth, c + i * c_stride, c_stride);
+  }
+}
+
+// The same for any number of columns, panels of b being `panel_size` apart, and depth in blocks: sums of sums round
+// less. As many columns are computed as fill registers.
+template <bool kAdd, int64_t a_row, int64_t a_depth, typename A>
+void product(const A* a, const A* b, int64_t panel_size, int64_t depth, A* c, int64_t c_stride, int64_t rows,
+             int64_t columns) {
   const int64_t block = depth < kDepthBlock ? depth : kDepthBlock;
-  for (int64_t column = 0; column < kPadding; column += width) {
-    const A* right = b + column;
-    int64_t i = 0;
-    for (; i + kProductRows <= rows; i += kProductRows) {
-      product_block<kAdd, kProductRows, vectors>(a + i * a_stride, a_stride, right, b_stride, block,
-                                                 c + i * c_stride + column, c_stride);
-    }
-    for (; i < rows; ++i) {
-      product_block<kAdd, 1, vectors>(a + i * a_stride, a_stride, right, b_stride, block, c + i * c_stride + column,
-                                      c_stride);
+  for (int64_t j = 0; j < columns; j += kPanel<A>) {
+    const A* panel = b + j / kPanel<A> * panel_size;
+    if (columns - j > VectorOf<A>::lanes) {
+      product_panel<kAdd, kProductVectors, a_row, a_depth>(a, panel, block, c + j, c_stride, rows);
+    } else {
+      product_panel<kAdd, 1, a_row, a_depth>(a, panel, block, c + j, c_stride, rows);
     }
   }
   if (block < depth) {
-    product_panel<true>(a + block, a_stride, b + block * b_stride, b_stride, depth - block, c, c_stride, rows);
+    product<true, a_row, a_depth>(a + block * a_depth, b + block * kPanel<A>, panel_size, depth - block, c, c_stride,
+                                  rows, columns);
   }
 }
 
