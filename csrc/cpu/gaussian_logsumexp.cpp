@@ -16,13 +16,12 @@ namespace {
 constexpr int64_t kColumnBlock = 256;                // components of a tile of log-joints in the forward pass
 constexpr int64_t kColumnChunk = 16 * kColumnBlock;  // components that one task takes in the forward pass
 constexpr int64_t kSumBlock = 8;                     // squares summed at a stretch: sums of sums round less
-constexpr int64_t kJointRows = kVectorBytes == 64 ? 8 : 4;  // rows of log-joints that the registers hold at once
-
-constexpr int64_t kGradColumns = 64;        // components of a tile in the backward pass
-constexpr int64_t kGradRows = 8 * kRowBlock;  // rows that a task takes there, at least
-constexpr int64_t kGradTasks = 64;          // about how many tasks there are
-constexpr int64_t kPulls = kVectorBytes == 64 ? 4 : 2;  // components whose gradients the registers hold at once
-constexpr int64_t kSlabValues = 1 << 21;    // of partial sums of dz
+constexpr int64_t kGradColumns = 64;                 // components of a tile in the backward pass
+constexpr int64_t kGradRows = 8 * kRowBlock;         // rows that a task takes there, at least
+constexpr int64_t kGradTasks = 64;                   // about how many tasks there are
+constexpr int64_t kSlabValues = 1 << 21;             // of partial sums of dz
+// How many rows of log-joints, and how many components' gradients, the registers hold at once.
+constexpr int64_t kJointRows = kVectorBytes == 64 ? 8 : 4, kPulls = kVectorBytes == 64 ? 4 : 2;
 
 // The mixture, packed: panels for forming log-joints and, where gradients are wanted, padded rows.
 template <typename A>
@@ -128,7 +127,7 @@ void forward(const T* z, const Components<A>& c, int64_t N, A* lse) {
       const int64_t chunk = task / blocks, first = task % blocks * kRowBlock;
       const int64_t rows = std::min(N - first, kRowBlock), last = std::min((chunk + 1) * kColumnChunk, c.K);
       A *max_here = max.get() + chunk * N + first, *sum_here = sum.get() + chunk * N + first;
-      copy_columns(z, first, rows, c.D, block.get());
+      copy_transposed<kRowBlock>(z + first * c.D, rows, c.D, block.get());
       for (int64_t k = chunk * kColumnChunk; k < last; k += kColumnBlock) {
         const int64_t columns = std::min(last - k, kColumnBlock);
         joint_tile(block.get(), c, k, rows, columns, joint, kColumnBlock);
@@ -283,7 +282,7 @@ class Backward {
     const int64_t last_column = std::min((column_group + 1) * columns_per_group, c.K);
     for (int64_t first = start; first < stop; first += kRowBlock) {
       const int64_t rows = std::min(stop - first, kRowBlock), values = rows * c.padded;
-      copy_columns(z, first, rows, c.D, space.columns.get());
+      copy_transposed<kRowBlock>(z + first * c.D, rows, c.D, space.columns.get());
       copy_rows(z, first, rows, c.D, space.rows.get(), c.padded);
       for (int64_t i = 0; i < values; ++i) space.total[i] = 0;
       for (int64_t k = column_group * columns_per_group; k < last_column; k += kGradColumns) {
@@ -305,7 +304,8 @@ class Backward {
     const auto exchange_with = [&](auto components) {
       const int64_t row = (k + j) * c.padded, moment = (row_group * c.K + k + j) * c.padded;
       exchange<components>(rho, j, space.rows.get(), c.mean_rows.get() + row, c.inverse_std_rows.get() + row, c.padded,
-                           space.pull.get(), space.sums.get(), first_moment.get() + moment, second_moment.get() + moment);
+                           space.pull.get(), space.sums.get(), first_moment.get() + moment,
+                           second_moment.get() + moment);
       j += components;
     };
     while (!rho.overflow && j + kPulls <= columns) exchange_with(std::integral_constant<int64_t, kPulls>{});
@@ -388,7 +388,8 @@ Tensor gaussian_logsumexp(Tensor z, Tensor mean, Tensor log_std, std::optional<T
   const Tensor lse = new_tensor(z, {z.size(0)}, accumulation_type(z.scalar_type())), dense = as_contiguous(z);
   dispatch_floating("gaussian_logsumexp", "z", z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    forward(data<T>(dense), components<T>(mean, log_std, log_weight, false), z.size(0), mutable_data<Accumulate<T>>(lse));
+    const auto c = components<T>(mean, log_std, log_weight, false);
+    forward(data<T>(dense), c, z.size(0), mutable_data<Accumulate<T>>(lse));
   });
   return lse;
 }
@@ -415,10 +416,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_logsumexp_backward(Tensor gr
     const A *row_grad = data<A>(dense_grad), *row_lse = data<A>(dense_lse);
     const Components<A> c = components<T>(mean, log_std, log_weight, true);
     Backward<T> backward(points, c, N, row_grad, row_lse);
+    T *to_z = mutable_data<T>(dz), *to_mean = mutable_data<T>(dmean), *to_log_std = mutable_data<T>(dlog_std);
     if (log_weight) {
-      backward.run(mutable_data<T>(dz), mutable_data<T>(dmean), mutable_data<T>(dlog_std), mutable_data<T>(dlog_weight));
+      backward.run(to_z, to_mean, to_log_std, mutable_data<T>(dlog_weight));
     } else {
-      backward.run(mutable_data<T>(dz), mutable_data<T>(dmean), mutable_data<T>(dlog_std), mutable_data<A>(dlog_weight));
+      backward.run(to_z, to_mean, to_log_std, mutable_data<A>(dlog_weight));
     }
   });
   return {dz, dmean, dlog_std, dlog_weight};

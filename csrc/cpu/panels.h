@@ -68,12 +68,19 @@ inline void copy_rows(const T* from, int64_t first, int64_t rows, int64_t column
   }
 }
 
-// rows of a row-major [.., columns] array, converted, column by column: to[columns, kRowBlock]; zero past the last row
-template <typename T, typename A>
-inline void copy_columns(const T* from, int64_t first, int64_t rows, int64_t columns, A* to) {
-  for (int64_t i = 0; i < kRowBlock; ++i) {
-    const T* row = from + (first + i) * columns;
-    for (int64_t j = 0; j < columns; ++j) to[j * kRowBlock + i] = i < rows ? static_cast<A>(row[j]) : A(0);
+// The transpose of rows of a row-major [.., columns] array, converted: to[columns, to_rows], zero past the last row. By
+// pieces of columns, because each of their elements lies in another cache line.
+template <int64_t to_rows, typename T, typename A>
+inline void copy_transposed(const T* from, int64_t rows, int64_t columns, A* to) {
+  constexpr int64_t piece = 64;
+  for (int64_t start = 0; start < columns; start += piece) {
+    const int64_t end = start + piece < columns ? start + piece : columns;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = start; j < end; ++j) to[j * to_rows + i] = static_cast<A>(from[i * columns + j]);
+    }
+    for (int64_t i = rows; i < to_rows; ++i) {
+      for (int64_t j = start; j < end; ++j) to[j * to_rows + i] = 0;
+    }
   }
 }
 
@@ -99,9 +106,8 @@ inline void pack_transposed_panels(const T* from, int64_t rows, int64_t columns,
   constexpr int64_t width = kPanel<A>;
   const int64_t panels = (rows + width - 1) / width;
   torch::stable::parallel_for(0, panels, tasks_per_thread(16.0 * width * columns), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * width; i < end * width; ++i) {
-      A* column = to + i / width * width * columns + i % width;
-      for (int64_t j = 0; j < columns; ++j) column[j * width] = i < rows ? static_cast<A>(from[i * columns + j]) : A(0);
+    for (int64_t i = begin * width; i < end * width; i += width) {
+      copy_transposed<width>(from + i * columns, rows - i < width ? rows - i : width, columns, to + i * columns);
     }
   });
 }
@@ -165,8 +171,8 @@ void product(const A* a, const A* b, int64_t panel_size, int64_t depth, A* c, in
 }
 
 // Logsumexps under way, side by side: `max` and Σ exp(v − max) of the values seen, −inf and 0 before any. Their value
-// is max + log(sum), also where values are ±inf or NaN: an infinite maximum counts its occurrences in the sum, and a NaN
-// shows in the sum alone.
+// is max + log(sum), also where values are ±inf or NaN: an infinite maximum counts its occurrences in the sum, and a
+// NaN shows in the sum alone.
 template <typename A>
 inline void merge_logsumexp(A* max, A* sum, const A* other_max, const A* other_sum, int64_t size) {
   for (int64_t i = 0; i < size; ++i) {

@@ -11,13 +11,13 @@
 namespace ncpvae {
 namespace {
 
-constexpr int64_t kColumnBlock = 192;         // columns of a tile of scores: rows × columns fit the first-level cache
-constexpr int64_t kPitch = kColumnBlock + 16;  // length of its rows in memory, an odd number of cache lines
-constexpr int64_t kRowGroups = 64;            // at most this many partial results per column
-constexpr int64_t kTogether = 4;              // blocks of rows that take turns at a tile's columns, which stay in cache
-constexpr int64_t kPulledColumns = 48;        // columns that one task takes when gradients go to columns
-constexpr int64_t kSlabColumns = 24 * kColumnBlock;
-constexpr int64_t kSlabValues = 1 << 22;      // of the scores' gradients, which rows and columns share
+constexpr int64_t kColumnBlock = 192;  // columns of a tile of scores: rows × columns fit the first-level cache
+constexpr int64_t kPitch = kColumnBlock + 16;  // length of its rows in memory, in floats an odd number of cache lines
+constexpr int64_t kRowGroups = 64;             // at most this many partial results per column
+constexpr int64_t kTogether = 4;  // blocks of rows that take turns at a tile's columns, which stay in the cache
+constexpr int64_t kPulledColumns = 48;               // columns that one task takes when gradients go to columns
+constexpr int64_t kSlabColumns = 24 * kColumnBlock;  // columns of a slab, and how many scores' gradients it may hold
+constexpr int64_t kSlabValues = 1 << 22;
 // Within this range below the tile's maximum, exp(score − maximum) is accurate enough to serve rows and columns alike.
 constexpr double kSharedRange = 32;
 
@@ -92,7 +92,7 @@ void forward(const T* z, const T* x, A scale, int64_t N, int64_t K, int64_t D, A
       for (int64_t first = group * group_rows; first < stop; first += kTogether * kRowBlock) {
         const int64_t last = std::min(first + kTogether * kRowBlock, stop);
         for (int64_t n = first; n < last; n += kRowBlock) {
-          copy_columns(z, n, std::min(last - n, kRowBlock), D, blocks.get() + (n - first) * D);
+          copy_transposed<kRowBlock>(z + n * D, std::min(last - n, kRowBlock), D, blocks.get() + (n - first) * D);
         }
         for (int64_t i = 0; i < last - first; ++i) max[i] = -INFINITY, sum[i] = 0;
         for (int64_t j = 0; j < K; j += kColumnBlock) {
@@ -174,7 +174,8 @@ class Backward {
         const int64_t start = first + block * kRowBlock;
         const int64_t stop = std::min(first + std::min(block + kTogether, end) * kRowBlock, last);
         for (int64_t n = start; n < stop; n += kRowBlock) {
-          copy_columns(z.vectors, n, std::min(stop - n, kRowBlock), D, packed.get() + (n - start) * D);
+          copy_transposed<kRowBlock>(z.vectors + n * D, std::min(stop - n, kRowBlock), D,
+                                     packed.get() + (n - start) * D);
         }
         for (int64_t j = first_column; j < last_column; j += kColumnBlock) {
           const int64_t columns = std::min(last_column - j, kColumnBlock);
