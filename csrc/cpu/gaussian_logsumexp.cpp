@@ -2,6 +2,7 @@
 //
 // Log-joints log w_k N(z_n; k) are formed in tiles that stay in the cache, always from t = (z − mean)/std itself. Work
 // is cut by shape alone, and partial results are merged in order, so that the number of threads does not show.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -12,47 +13,67 @@
 namespace ncpvae {
 namespace {
 
+constexpr int64_t kColumnBlock = 256;                // components of a tile of log-joints in the forward pass
 constexpr int64_t kColumnChunk = 16 * kColumnBlock;  // components that one task takes in the forward pass
-constexpr int64_t kGradColumns = 32;                 // components that one task takes in the backward pass
 constexpr int64_t kSumBlock = 8;                     // squares summed at a stretch: sums of sums round less
-constexpr int64_t kPullBlock = 64;                   // terms of dz summed at a stretch, before float64
-constexpr int64_t kRows = 4;                         // rows, or components, held in registers together
+constexpr int64_t kGradColumns = 64;                 // components of a tile in the backward pass
+constexpr int64_t kGradRows = 8 * kRowBlock;         // rows that a task takes there, at least
+constexpr int64_t kGradTasks = 64;                   // about how many tasks there are
+constexpr int64_t kSlabValues = 1 << 21;             // of partial sums of dz
+// How many rows of log-joints, and how many components' gradients, the registers hold at once.
+constexpr int64_t kJointRows = kVectorBytes == 64 ? 8 : 4, kPulls = kVectorBytes == 64 ? 4 : 2;
 
-// The mixture, packed: panels for forming log-joints, and padded rows for gradients.
+// The mixture, packed: panels for forming log-joints and, where gradients are wanted, padded rows.
 template <typename A>
 struct Components {
   int64_t K, D, padded;  // padded: D rounded up
-  std::unique_ptr<A[]> mean_panels, inverse_std_panels, mean_rows, inverse_std_rows, offset;
+  Buffer<A> mean_panels, inverse_std_panels, offset, mean_rows, inverse_std_rows;
 
   template <typename T>
-  Components(const T* mean, const T* log_std, const T* log_weight, int64_t components, int64_t depth)
+  Components(const T* mean, const T* log_std, const T* log_weight, int64_t components, int64_t depth, bool with_rows)
       : K(components), D(depth), padded(round_up(depth, kPadding)) {
-    const int64_t panels = round_up(K, kPadding);
-    mean_panels = zeros<A>(panels * D);
-    inverse_std_panels = zeros<A>(panels * D);
-    mean_rows = zeros<A>(K * padded);
-    inverse_std_rows = zeros<A>(K * padded);
-    offset = zeros<A>(panels);
-    for (int64_t k = 0; k < K; ++k) {
-      double log_constant = 0.5 * D * std::log(2 * 3.14159265358979323846);
-      for (int64_t d = 0; d < D; ++d) {
-        const A value = static_cast<A>(log_std[k * D + d]);
-        log_constant += value;
-        mean_rows[k * padded + d] = static_cast<A>(mean[k * D + d]);
-        inverse_std_rows[k * padded + d] = fast_exp(-value);
-        const int64_t at = (k / kPadding * D + d) * kPadding + k % kPadding;
-        mean_panels[at] = mean_rows[k * padded + d];
-        inverse_std_panels[at] = inverse_std_rows[k * padded + d];
+    const int64_t panels = (K + kPadding - 1) / kPadding;
+    mean_panels = uninitialised<A>(panels * kPadding * D);
+    inverse_std_panels = uninitialised<A>(panels * kPadding * D);
+    offset = uninitialised<A>(panels * kPadding);
+    if (with_rows) mean_rows = uninitialised<A>(K * padded), inverse_std_rows = uninitialised<A>(K * padded);
+    torch::stable::parallel_for(0, panels, tasks_per_thread(16.0 * kPadding * D), [&](int64_t begin, int64_t end) {
+      const auto row = zeros<A>(2 * padded);
+      for (int64_t k = begin * kPadding; k < end * kPadding; ++k) {
+        A *mean_row = row.get(), *inverse_std_row = row.get() + padded;
+        if (with_rows && k < K) {
+          mean_row = mean_rows.get() + k * padded, inverse_std_row = inverse_std_rows.get() + k * padded;
+          for (int64_t d = D; d < padded; ++d) mean_row[d] = inverse_std_row[d] = 0;
+        }
+        offset[k] = 0;
+        if (k < K) {
+          const double weight = log_weight ? static_cast<double>(log_weight[k]) : 0.0;
+          offset[k] = static_cast<A>(weight - prepare(mean + k * D, log_std + k * D, mean_row, inverse_std_row));
+        }
+        const int64_t at = k / kPadding * kPadding * D + k % kPadding;
+        for (int64_t d = 0; d < D; ++d) mean_panels[at + d * kPadding] = mean_row[d];
+        for (int64_t d = 0; d < D; ++d) inverse_std_panels[at + d * kPadding] = inverse_std_row[d];
       }
-      offset[k] = static_cast<A>((log_weight ? static_cast<double>(log_weight[k]) : 0.0) - log_constant);
-    }
+    });
+  }
+
+ private:
+  // One component's row of means and of 1/std; returns the logarithm of its normalising constant.
+  template <typename T>
+  double prepare(const T* mean, const T* log_std, A* mean_row, A* inverse_std_row) const {
+    for (int64_t d = 0; d < D; ++d) mean_row[d] = static_cast<A>(mean[d]);
+    for (int64_t d = 0; d < D; ++d) inverse_std_row[d] = -static_cast<A>(log_std[d]);
+    double log_constant = 0.5 * D * std::log(2 * 3.14159265358979323846);
+    for (int64_t d = 0; d < D; ++d) log_constant -= inverse_std_row[d];
+    for (int64_t d = 0; d < D; ++d) inverse_std_row[d] = fast_exp(inverse_std_row[d]);
+    return log_constant;
   }
 };
 
-// out[rows, lanes] = offset − ½ Σ_d ((z − mean)/std)²
+// out[rows, lanes] = offset − ½ Σ_d ((z − mean)/std)², z[D, kRowBlock] column by column
 template <int64_t rows, typename A>
-inline void joint_block(const A* z, int64_t z_stride, const A* mean, const A* inverse_std, int64_t D, Vector<A> offset,
-                        A* out, int64_t out_stride) {
+inline void joint_block(const A* z, const A* mean, const A* inverse_std, int64_t D, Vector<A> offset, A* out,
+                        int64_t out_stride) {
   Vector<A> sum[rows] = {};
   for (int64_t start = 0; start < D; start += kSumBlock) {
     const int64_t end = start + kSumBlock < D ? start + kSumBlock : D;
@@ -61,7 +82,7 @@ inline void joint_block(const A* z, int64_t z_stride, const A* mean, const A* in
       const Vector<A> m = load(mean + d * kPadding), s = load(inverse_std + d * kPadding);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < rows; ++i) {
-        const Vector<A> t = (z[i * z_stride + d] - m) * s;
+        const Vector<A> t = (m - z[d * kRowBlock + i]) * s;
         part[i] += t * t;
       }
     }
@@ -72,7 +93,8 @@ inline void joint_block(const A* z, int64_t z_stride, const A* mean, const A* in
   for (int64_t i = 0; i < rows; ++i) store(out + i * out_stride, offset - A(0.5) * sum[i]);
 }
 
-// out[rows, columns] = log-joints of z's rows with the components [first, first + columns)
+// out[rows, columns] = log-joints of z's rows with the components [first, first + columns); z[D, kRowBlock] column by
+// column. Up to three rows more are computed, and not to be read.
 template <typename A>
 void joint_tile(const A* z, const Components<A>& c, int64_t first, int64_t rows, int64_t columns, A* out,
                 int64_t out_stride) {
@@ -82,13 +104,11 @@ void joint_tile(const A* z, const Components<A>& c, int64_t first, int64_t rows,
     const A *mean = c.mean_panels.get() + at, *inverse_std = c.inverse_std_panels.get() + at;
     const Vector<A> offset = load(c.offset.get() + k);
     int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) {
-      joint_block<kRows>(z + i * c.padded, c.padded, mean, inverse_std, c.D, offset, out + i * out_stride + column,
-                         out_stride);
+    for (; i + kJointRows <= rows; i += kJointRows) {
+      joint_block<kJointRows>(z + i, mean, inverse_std, c.D, offset, out + i * out_stride + column, out_stride);
     }
-    for (; i < rows; ++i) {
-      joint_block<1>(z + i * c.padded, c.padded, mean, inverse_std, c.D, offset, out + i * out_stride + column,
-                     out_stride);
+    for (; i < rows; i += 4) {
+      joint_block<4>(z + i, mean, inverse_std, c.D, offset, out + i * out_stride + column, out_stride);
     }
   }
 }
@@ -96,26 +116,28 @@ void joint_tile(const A* z, const Components<A>& c, int64_t first, int64_t rows,
 template <typename T, typename A = Accumulate<T>>
 void forward(const T* z, const Components<A>& c, int64_t N, A* lse) {
   const int64_t blocks = (N + kRowBlock - 1) / kRowBlock, chunks = (c.K + kColumnChunk - 1) / kColumnChunk;
-  const auto max = zeros<A>((chunks + 1) * N), sum = zeros<A>((chunks + 1) * N);
-  for (int64_t i = 0; i < (chunks + 1) * N; ++i) max[i] = -INFINITY;
+  const auto max = filled<A>((chunks + 1) * N, -static_cast<A>(INFINITY)), sum = zeros<A>((chunks + 1) * N);
+  const int64_t grain = tasks_per_thread(static_cast<double>(kRowBlock) * std::min(c.K, kColumnChunk) * c.D);
 
-  torch::stable::parallel_for(0, blocks * chunks, 1, [&](int64_t begin, int64_t end) {
-    const auto block = zeros<A>(kRowBlock * c.padded);
+  torch::stable::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
+    const auto block = uninitialised<A>(kRowBlock * c.D);
     alignas(64) A joint[kRowBlock * kColumnBlock];
     A tile_max[kRowBlock], tile_sum[kRowBlock];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / blocks, first = task % blocks * kRowBlock;
-      const int64_t rows = N - first < kRowBlock ? N - first : kRowBlock;
-      const int64_t last = (chunk + 1) * kColumnChunk < c.K ? (chunk + 1) * kColumnChunk : c.K;
-      copy_rows(z, first, rows, c.D, block.get(), c.padded);
+      const int64_t rows = std::min(N - first, kRowBlock), last = std::min((chunk + 1) * kColumnChunk, c.K);
+      A *max_here = max.get() + chunk * N + first, *sum_here = sum.get() + chunk * N + first;
+      copy_transposed<kRowBlock>(z + first * c.D, rows, c.D, block.get());
       for (int64_t k = chunk * kColumnChunk; k < last; k += kColumnBlock) {
-        const int64_t columns = last - k < kColumnBlock ? last - k : kColumnBlock;
+        const int64_t columns = std::min(last - k, kColumnBlock);
         joint_tile(block.get(), c, k, rows, columns, joint, kColumnBlock);
         for (int64_t i = 0; i < rows; ++i) {
-          tile_max[i] = lane_max(joint + i * kColumnBlock, columns);
-          tile_sum[i] = exponentiate(joint + i * kColumnBlock, columns, tile_max[i]);
+          const Survey<A> row(joint + i * kColumnBlock, columns);
+          const bool negligible = row.max - max_here[i] < kNegligible<A> && !row.has_nan();
+          tile_max[i] = row.max;
+          tile_sum[i] = negligible ? A(0) : exponentiate(joint + i * kColumnBlock, columns, row.max);
         }
-        merge_logsumexp(max.get() + chunk * N + first, sum.get() + chunk * N + first, tile_max, tile_sum, rows);
+        merge_logsumexp(max_here, sum_here, tile_max, tile_sum, rows);
       }
     }
   });
@@ -126,115 +148,217 @@ void forward(const T* z, const Components<A>& c, int64_t N, A* lse) {
   for (int64_t i = 0; i < N; ++i) lse[i] = all_max[i] + std::log(all_sum[i]);
 }
 
-// Log-joints to responsibilities times the row's gradient; a row without mass has none. Where one is zero, t may be
-// infinite, so the sums below leave it out rather than multiply by it.
+// A tile of responsibilities times the row's gradient.
 template <typename A>
-void responsibilities(A* joint, int64_t stride, int64_t rows, int64_t columns, const A* lse, const A* grad) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const A origin = lse[i] == -static_cast<A>(INFINITY) ? A(0) : lse[i], factor = grad[i];
-    A* row = joint + i * stride;
-    for (int64_t j = 0; j < columns; ++j) row[j] = factor * fast_exp(row[j] - origin);
+struct Responsibilities {
+  alignas(64) A value[kRowBlock * kGradColumns];
+  int64_t active[kRowBlock], count;  // the rows where any of them is not zero; the others are not written
+  bool overflow;                     // whether t may be infinite somewhere
+
+  // value holds the log-joints. A row without mass has no responsibilities.
+  void from_joints(int64_t rows, int64_t columns, const A* lse, const A* grad) {
+    count = 0, overflow = false;
+    for (int64_t i = 0; i < rows; ++i) {
+      const A origin = lse[i] == -static_cast<A>(INFINITY) ? A(0) : lse[i], factor = grad[i];
+      A* row = value + i * kGradColumns;
+      const Survey<A> survey(row, columns);
+      if (survey.max - origin < kNegligible<A> && !survey.has_nan() && factor - factor == 0) continue;
+      for (int64_t j = 0; j < columns; ++j) row[j] = factor * exp_nonpositive(row[j] - origin);
+      active[count++] = i;
+      overflow |= !survey.finite();
+    }
   }
-}
 
-// dz = −Σ_k ρ t/std
-template <typename T, typename A = Accumulate<T>>
-void backward_rows(const T* z, const Components<A>& c, int64_t N, const A* grad, const A* lse, T* dz) {
-  constexpr int64_t lanes = VectorOf<A>::lanes;
-  torch::stable::parallel_for(0, (N + kRowBlock - 1) / kRowBlock, 1, [&](int64_t begin, int64_t end) {
-    const auto block = zeros<A>(kRowBlock * c.padded);
-    const auto total = zeros<double>(kRowBlock * c.padded);
-    alignas(64) A rho[kRowBlock * kColumnBlock] = {};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * kRowBlock, rows = N - first < kRowBlock ? N - first : kRowBlock;
-      copy_rows(z, first, rows, c.D, block.get(), c.padded);
-      for (int64_t i = 0; i < rows * c.padded; ++i) total[i] = 0;
-      for (int64_t k = 0; k < c.K; k += kColumnBlock) {
-        const int64_t columns = c.K - k < kColumnBlock ? c.K - k : kColumnBlock;
-        joint_tile(block.get(), c, k, rows, columns, rho, kColumnBlock);
-        responsibilities(rho, kColumnBlock, rows, columns, lse + first, grad + first);
-        for (int64_t i = 0; i < rows; i += kRows) {  // rows past the end are computed too, and not read
-          for (int64_t d = 0; d < c.D; d += lanes) {
-            Vector<A> here[kRows];
-            for (int64_t r = 0; r < kRows; ++r) here[r] = load(block.get() + (i + r) * c.padded + d);
-            for (int64_t start = 0; start < columns; start += kPullBlock) {
-              const int64_t end = start + kPullBlock < columns ? start + kPullBlock : columns;
-              Vector<A> sum[kRows] = {};
-              for (int64_t j = start; j < end; ++j) {
-                const Vector<A> m = load(c.mean_rows.get() + (k + j) * c.padded + d);
-                const Vector<A> s = load(c.inverse_std_rows.get() + (k + j) * c.padded + d);
+  void add_to_mass(int64_t columns, double* mass) const {
+    A sum[kGradColumns] = {};
+    for (int64_t a = 0; a < count; ++a) {
+      const A* row = value + active[a] * kGradColumns;
+      for (int64_t j = 0; j < columns; ++j) sum[j] += row[j];
+    }
+    for (int64_t j = 0; j < columns; ++j) mass[j] += sum[j];
+  }
+};
+
+template <int64_t size, typename A>
+inline bool all_zero(const A* values) {
+  using Bits = std::conditional_t<sizeof(A) == sizeof(uint32_t), uint32_t, uint64_t>;
+  Bits any = 0;
 #pragma GCC unroll 8
-                for (int64_t r = 0; r < kRows; ++r) {
-                  const A weight = rho[(i + r) * kColumnBlock + j];
-                  if (weight != 0) sum[r] += weight * ((here[r] - m) * s) * s;
-                }
-              }
-              for (int64_t r = 0; r < kRows; ++r) {
-                for (int64_t l = 0; l < lanes; ++l) total[(i + r) * c.padded + d + l] += sum[r][l];
-              }
-            }
-          }
-        }
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t d = 0; d < c.D; ++d) dz[(first + i) * c.D + d] = static_cast<T>(-total[i * c.padded + d]);
-      }
-    }
-  });
+  for (int64_t i = 0; i < size; ++i) any |= bits_as<Bits>(values[i]);
+  return any << 1 == 0;  // all but the signs
 }
 
-// dmean = Σ_n ρ t/std, dlog_std = Σ_n ρ (t² − 1), dlog_weight = Σ_n ρ; the last may be null
-template <typename T, typename W, typename A = Accumulate<T>>
-void backward_components(const T* z, const Components<A>& c, int64_t N, const A* grad, const A* lse, T* dmean,
-                         T* dlog_std, W* dlog_weight) {
+// What `components` components from the tile's column `first` on and the rows of the tile give to each other: the rows
+// Σ_k ρ t/std, the components Σ_n ρ t and Σ_n ρ t². Rows where all these ρ are zero are passed over, which with one
+// component is what keeps 0 · ∞ out.
+template <int64_t components, typename A>
+inline void exchange(const Responsibilities<A>& rho, int64_t first, const A* z, const A* mean, const A* inverse_std,
+                     int64_t stride, A* dz, A* scratch, double* first_moment, double* second_moment) {
   constexpr int64_t lanes = VectorOf<A>::lanes;
-  torch::stable::parallel_for(0, (c.K + kGradColumns - 1) / kGradColumns, 1, [&](int64_t begin, int64_t end) {
-    const auto block = zeros<A>(kRowBlock * c.padded);
-    const auto first_moment = zeros<double>(kGradColumns * c.padded);
-    const auto second_moment = zeros<double>(kGradColumns * c.padded);
-    alignas(64) A rho[kRowBlock * kGradColumns];
-    double mass[kGradColumns];
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * kGradColumns, columns = c.K - first < kGradColumns ? c.K - first : kGradColumns;
-      for (int64_t i = 0; i < columns * c.padded; ++i) first_moment[i] = second_moment[i] = 0;
-      for (int64_t k = 0; k < columns; ++k) mass[k] = 0;
-      for (int64_t n = 0; n < N; n += kRowBlock) {
-        const int64_t rows = N - n < kRowBlock ? N - n : kRowBlock;
-        copy_rows(z, n, rows, c.D, block.get(), c.padded);
-        joint_tile(block.get(), c, first, rows, columns, rho, kGradColumns);
-        responsibilities(rho, kGradColumns, rows, columns, lse + n, grad + n);
-        for (int64_t k = 0; k < columns; ++k) {
-          for (int64_t i = 0; i < rows; ++i) mass[k] += rho[i * kGradColumns + k];
-          for (int64_t d = 0; d < c.D; d += lanes) {
-            const Vector<A> m = load(c.mean_rows.get() + (first + k) * c.padded + d);
-            const Vector<A> s = load(c.inverse_std_rows.get() + (first + k) * c.padded + d);
-            Vector<A> sum = {}, sum_sq = {};
-            for (int64_t i = 0; i < rows; ++i) {
-              const A weight = rho[i * kGradColumns + k];
-              if (weight == 0) continue;
-              const Vector<A> t = (load(block.get() + i * c.padded + d) - m) * s;
-              const Vector<A> weighted = weight * t;
-              sum += weighted;
-              sum_sq += weighted * t;
-            }
-            for (int64_t l = 0; l < lanes; ++l) {
-              first_moment[k * c.padded + d + l] += sum[l];
-              second_moment[k * c.padded + d + l] += sum_sq[l];
-            }
-          }
-        }
-      }
-      for (int64_t k = 0; k < columns; ++k) {
-        for (int64_t d = 0; d < c.D; ++d) {
-          const int64_t at = k * c.padded + d, to = (first + k) * c.D + d;
-          dmean[to] = static_cast<T>(first_moment[at] * c.inverse_std_rows[first * c.padded + at]);
-          dlog_std[to] = static_cast<T>(second_moment[at] - mass[k]);
-        }
-        dlog_weight[first + k] = static_cast<W>(mass[k]);
-      }
+  int64_t active[kRowBlock], count = 0;
+  for (int64_t a = 0; a < rho.count; ++a) {
+    active[count] = rho.active[a];
+    count += !all_zero<components>(rho.value + rho.active[a] * kGradColumns + first);
+  }
+  if (count == 0) return;
+  for (int64_t d = 0; d < stride; d += lanes) {
+    Vector<A> m[components], s[components], sum[components] = {}, square[components] = {};
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < components; ++c) {
+      m[c] = load(mean + c * stride + d), s[c] = load(inverse_std + c * stride + d);
     }
-  });
+    for (int64_t a = 0; a < count; ++a) {
+      const A* weight = rho.value + active[a] * kGradColumns + first;
+      const Vector<A> here = load(z + active[a] * stride + d);
+      Vector<A> pull = load(dz + active[a] * stride + d);
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < components; ++c) {
+        const Vector<A> t = (here - m[c]) * s[c], weighted = weight[c] * t;
+        sum[c] += weighted;
+        square[c] += weighted * t;
+        pull += weighted * s[c];
+      }
+      store(dz + active[a] * stride + d, pull);
+    }
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < components; ++c) {
+      store(scratch + c * stride + d, sum[c]);
+      store(scratch + (components + c) * stride + d, square[c]);
+    }
+  }
+  const int64_t size = components * stride;
+  for (int64_t i = 0; i < size; ++i) first_moment[i] += scratch[i];
+  for (int64_t i = 0; i < size; ++i) second_moment[i] += scratch[size + i];
 }
+
+// The backward pass. Every task forms the log-joints of a group of rows of the slab with a group of components once,
+// and adds what they give both: components keep a sum per group of rows, rows a sum per group of components.
+template <typename T, typename A = Accumulate<T>>
+class Backward {
+ public:
+  Backward(const T* points, const Components<A>& mixture, int64_t rows, const A* row_grad, const A* row_lse)
+      : z(points), c(mixture), N(rows), grad(row_grad), lse(row_lse) {
+    columns_per_group = round_up((c.K + kGradTasks - 1) / kGradTasks, kGradColumns);
+    column_groups = (c.K + columns_per_group - 1) / columns_per_group;
+    row_groups = std::min((kGradTasks + column_groups - 1) / column_groups, (N + kGradRows - 1) / kGradRows);
+    const int64_t fitting = kSlabValues / (column_groups * c.padded) / kRowBlock * kRowBlock;
+    slab_rows = std::min(N, std::max(fitting, row_groups * kGradRows));
+    rows_per_group = row_groups == 0 ? 0 : round_up((slab_rows + row_groups - 1) / row_groups, kRowBlock);
+    first_moment = zeros<double>(row_groups * c.K * c.padded);
+    second_moment = zeros<double>(row_groups * c.K * c.padded);
+    mass = zeros<double>(row_groups * c.K);
+    pull = uninitialised<A>(column_groups * slab_rows * c.padded);
+  }
+
+  template <typename W>
+  void run(T* dz, T* dmean, T* dlog_std, W* dlog_weight) {
+    const int64_t grain = tasks_per_thread(3.0 * rows_per_group * columns_per_group * c.D);
+    for (int64_t slab = 0; slab < N; slab += slab_rows) {
+      torch::stable::parallel_for(0, row_groups * column_groups, grain, [&](int64_t begin, int64_t end) {
+        Workspace space(c);
+        for (int64_t task = begin; task < end; ++task) group(slab, task % row_groups, task / row_groups, space);
+      });
+      finish_rows(slab, dz);
+    }
+    finish_components(dmean, dlog_std, dlog_weight);
+  }
+
+ private:
+  struct Workspace {
+    Buffer<A> columns, rows, pull;  // a block of rows of z column by column and row by row, and its dz so far
+    Buffer<A> sums;                 // of components
+    Buffer<double> total;
+    Responsibilities<A> rho;
+
+    explicit Workspace(const Components<A>& c)
+        : columns(uninitialised<A>(kRowBlock * c.D)), rows(zeros<A>(kRowBlock * c.padded)),
+          pull(uninitialised<A>(kRowBlock * c.padded)), sums(uninitialised<A>(2 * kPulls * c.padded)),
+          total(uninitialised<double>(kRowBlock * c.padded)) {}
+  };
+
+  void group(int64_t slab, int64_t row_group, int64_t column_group, Workspace& space) {
+    const int64_t start = slab + row_group * rows_per_group;
+    const int64_t stop = std::min({start + rows_per_group, slab + slab_rows, N});
+    const int64_t last_column = std::min((column_group + 1) * columns_per_group, c.K);
+    for (int64_t first = start; first < stop; first += kRowBlock) {
+      const int64_t rows = std::min(stop - first, kRowBlock), values = rows * c.padded;
+      copy_transposed<kRowBlock>(z + first * c.D, rows, c.D, space.columns.get());
+      copy_rows(z, first, rows, c.D, space.rows.get(), c.padded);
+      for (int64_t i = 0; i < values; ++i) space.total[i] = 0;
+      for (int64_t k = column_group * columns_per_group; k < last_column; k += kGradColumns) {
+        tile(row_group, first, rows, k, std::min(last_column - k, kGradColumns), space);
+      }
+      A* to = pull.get() + (column_group * slab_rows + first - slab) * c.padded;
+      for (int64_t i = 0; i < values; ++i) to[i] = static_cast<A>(space.total[i]);
+    }
+  }
+
+  void tile(int64_t row_group, int64_t first, int64_t rows, int64_t k, int64_t columns, Workspace& space) {
+    Responsibilities<A>& rho = space.rho;
+    joint_tile(space.columns.get(), c, k, rows, columns, rho.value, kGradColumns);
+    rho.from_joints(rows, columns, lse + first, grad + first);
+    if (rho.count == 0) return;
+    rho.add_to_mass(columns, mass.get() + row_group * c.K + k);
+    for (int64_t i = 0; i < rows * c.padded; ++i) space.pull[i] = 0;
+    int64_t j = 0;
+    const auto exchange_with = [&](auto components) {
+      const int64_t row = (k + j) * c.padded, moment = (row_group * c.K + k + j) * c.padded;
+      exchange<components>(rho, j, space.rows.get(), c.mean_rows.get() + row, c.inverse_std_rows.get() + row, c.padded,
+                           space.pull.get(), space.sums.get(), first_moment.get() + moment,
+                           second_moment.get() + moment);
+      j += components;
+    };
+    while (!rho.overflow && j + kPulls <= columns) exchange_with(std::integral_constant<int64_t, kPulls>{});
+    while (j < columns) exchange_with(std::integral_constant<int64_t, 1>{});
+    for (int64_t i = 0; i < rows * c.padded; ++i) space.total[i] += space.pull[i];
+  }
+
+  // dz = −Σ_k ρ t/std
+  void finish_rows(int64_t slab, T* dz) const {
+    const int64_t rows = std::min(N - slab, slab_rows);
+    torch::stable::parallel_for(0, rows, tasks_per_thread(column_groups * c.D), [&](int64_t begin, int64_t end) {
+      const auto total = uninitialised<double>(c.D);
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t d = 0; d < c.D; ++d) total[d] = 0;
+        for (int64_t q = 0; q < column_groups; ++q) {
+          const A* part = pull.get() + (q * slab_rows + i) * c.padded;
+          for (int64_t d = 0; d < c.D; ++d) total[d] += part[d];
+        }
+        for (int64_t d = 0; d < c.D; ++d) dz[(slab + i) * c.D + d] = static_cast<T>(-total[d]);
+      }
+    });
+  }
+
+  // dmean = Σ_n ρ t/std, dlog_std = Σ_n ρ (t² − 1), dlog_weight = Σ_n ρ
+  template <typename W>
+  void finish_components(T* dmean, T* dlog_std, W* dlog_weight) const {
+    torch::stable::parallel_for(0, c.K, tasks_per_thread(4.0 * row_groups * c.D), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const double total = sum_of_groups(mass.get() + k, c.K);
+        dlog_weight[k] = static_cast<W>(total);
+        for (int64_t d = 0; d < c.D; ++d) {
+          const int64_t at = k * c.padded + d, stride = c.K * c.padded;
+          dmean[k * c.D + d] = static_cast<T>(sum_of_groups(first_moment.get() + at, stride) * c.inverse_std_rows[at]);
+          dlog_std[k * c.D + d] = static_cast<T>(sum_of_groups(second_moment.get() + at, stride) - total);
+        }
+      }
+    });
+  }
+
+  double sum_of_groups(const double* values, int64_t stride) const {
+    double total = 0;
+    for (int64_t p = 0; p < row_groups; ++p) total += values[p * stride];
+    return total;
+  }
+
+  const T* z;
+  const Components<A>& c;
+  int64_t N;
+  const A *grad, *lse;
+  int64_t columns_per_group, column_groups, rows_per_group, row_groups, slab_rows;
+  Buffer<double> first_moment, second_moment, mass;  // [row_groups, K, padded], the last [row_groups, K]
+  Buffer<A> pull;                                    // [column_groups, slab_rows, padded]
+};
 
 void check(const char* op, const Tensor& z, const Tensor& mean, const Tensor& log_std,
            const std::optional<Tensor>& log_weight) {
@@ -252,11 +376,11 @@ void check(const char* op, const Tensor& z, const Tensor& mean, const Tensor& lo
 // The mixture from its tensors.
 template <typename T>
 Components<Accumulate<T>> components(const Tensor& mean, const Tensor& log_std,
-                                     const std::optional<Tensor>& log_weight) {
+                                     const std::optional<Tensor>& log_weight, bool with_rows) {
   const Tensor dense_mean = as_contiguous(mean), dense_std = as_contiguous(log_std);
   const Tensor dense_weight = log_weight ? as_contiguous(*log_weight) : Tensor();
   const T* weight = log_weight ? data<T>(dense_weight) : nullptr;
-  return {data<T>(dense_mean), data<T>(dense_std), weight, mean.size(0), mean.size(1)};
+  return {data<T>(dense_mean), data<T>(dense_std), weight, mean.size(0), mean.size(1), with_rows};
 }
 
 Tensor gaussian_logsumexp(Tensor z, Tensor mean, Tensor log_std, std::optional<Tensor> log_weight) {
@@ -264,7 +388,8 @@ Tensor gaussian_logsumexp(Tensor z, Tensor mean, Tensor log_std, std::optional<T
   const Tensor lse = new_tensor(z, {z.size(0)}, accumulation_type(z.scalar_type())), dense = as_contiguous(z);
   dispatch_floating("gaussian_logsumexp", "z", z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    forward(data<T>(dense), components<T>(mean, log_std, log_weight), z.size(0), mutable_data<Accumulate<T>>(lse));
+    const auto c = components<T>(mean, log_std, log_weight, false);
+    forward(data<T>(dense), c, z.size(0), mutable_data<Accumulate<T>>(lse));
   });
   return lse;
 }
@@ -289,15 +414,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_logsumexp_backward(Tensor gr
     using A = Accumulate<T>;
     const T* points = data<T>(dense_z);
     const A *row_grad = data<A>(dense_grad), *row_lse = data<A>(dense_lse);
-    const Components<A> c = components<T>(mean, log_std, log_weight);
-    backward_rows(points, c, N, row_grad, row_lse, mutable_data<T>(dz));
-    const auto into = [&](auto* weights) {
-      backward_components(points, c, N, row_grad, row_lse, mutable_data<T>(dmean), mutable_data<T>(dlog_std), weights);
-    };
+    const Components<A> c = components<T>(mean, log_std, log_weight, true);
+    Backward<T> backward(points, c, N, row_grad, row_lse);
+    T *to_z = mutable_data<T>(dz), *to_mean = mutable_data<T>(dmean), *to_log_std = mutable_data<T>(dlog_std);
     if (log_weight) {
-      into(mutable_data<T>(dlog_weight));
+      backward.run(to_z, to_mean, to_log_std, mutable_data<T>(dlog_weight));
     } else {
-      into(mutable_data<A>(dlog_weight));
+      backward.run(to_z, to_mean, to_log_std, mutable_data<A>(dlog_weight));
     }
   });
   return {dz, dmean, dlog_std, dlog_weight};

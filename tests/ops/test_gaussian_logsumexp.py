@@ -110,6 +110,44 @@ def test_narrow_components_keep_their_accuracy(device):
     assert error(expanded) > 1e-2
 
 
+def value_and_gradients(op, inputs, cotangent):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = op(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, cotangent.to(out.dtype).to(out.device))]
+
+
+# one less, just as many and one more than the rows, components and dimensions that kernels take together
+EDGES = [
+    *((n, k, 3) for n in (3, 4, 5, 7, 23, 24, 25, 193) for k in (4, 15, 16, 17, 63, 64, 65, 129)),
+    *((25, 66, d) for d in (1, 7, 8, 9, 15, 16, 17, 33)),
+    *((50, 257, 5), (3, 4097, 2), (4097, 3, 2), (2100, 4096, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_edges_of_the_blocks(shape, dtype, device, assert_accurate):
+    inputs, cotangent = tensors(*shape, dtype, device), torch.randn(shape[0], dtype=torch.float64)
+    got = value_and_gradients(ops.gaussian_logsumexp, inputs, cotangent)
+    eager = value_and_gradients(dense, inputs, cotangent)
+    truth = value_and_gradients(dense, double(*inputs), cotangent)
+    for one, two, three in zip(got, eager, truth, strict=True):
+        assert_accurate(one, two, three, dtype)
+
+
+@pytest.mark.parametrize("std", [1.0, 0.1, 0.01])
+def test_no_less_accurate_than_the_broadcast(std, device):
+    """Values and gradients in float32, in the mean square, whatever the standard deviation."""
+    inputs, cotangent = tensors(150, 200, 32, torch.float32, device, std), torch.randn(150, dtype=torch.float64)
+    got = value_and_gradients(ops.gaussian_logsumexp, inputs, cotangent)
+    eager = value_and_gradients(dense, inputs, cotangent)
+    truth = value_and_gradients(dense, double(*inputs), cotangent)
+    for name, one, two, three in zip(["lse", "z", "mean", "log_std", "log_weight"], got, eager, truth, strict=True):
+        error, eager_error = (float((t.double().cpu() - three).square().mean().sqrt()) for t in (one, two))
+        floor = torch.finfo(torch.float32).eps * float(three.square().mean().sqrt())
+        assert error <= 1.2 * eager_error + floor, f"{name}: error {error:.3g}, eager torch {eager_error:.3g}"
+
+
 # --- awkward input ------------------------------------------------------------------------------------------
 
 
@@ -189,6 +227,22 @@ def test_a_component_out_of_reach_has_no_gradient(device):
     torch.testing.assert_close(out, ops.gaussian_logsumexp(*rest))
     gradients = torch.autograd.grad(out.sum(), inputs)
     assert all(g.isfinite().all() for g in gradients) and all((g[1] == 0).all() for g in gradients[1:])
+
+
+@pytest.mark.parametrize("components", [3, 70])
+def test_an_infinite_distance_is_not_multiplied_by_zero(components, device):
+    """Where (z − mean)/std is itself infinite, among components that carry the density."""
+    z, mean, log_std, log_weight = tensors(30, components, 5, torch.float32, device)
+    log_std[1] = -88.0
+    inputs = [t.requires_grad_() for t in (z, mean, log_std, log_weight)]
+    got = torch.autograd.grad(ops.gaussian_logsumexp(*inputs).sum(), inputs)
+    keep = [k for k in range(components) if k != 1]
+    rest = [t.detach().requires_grad_() for t in (z, *(t[keep] for t in (mean, log_std, log_weight)))]
+    expected = torch.autograd.grad(ops.gaussian_logsumexp(*rest).sum(), rest)
+    torch.testing.assert_close(got[0], expected[0])
+    for one, two in zip(got[1:], expected[1:], strict=True):
+        assert (one[1] == 0).all()
+        torch.testing.assert_close(one[keep], two)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

@@ -188,24 +188,58 @@ def test_gradients_once_and_twice(shape, device):
         assert torch.autograd.gradcheck(lambda *a, o=output: ops.similarity_logsumexp(*a)[o], inputs)
 
 
+def values_and_gradients(op, inputs, cotangents):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    outputs = op(*inputs)
+    cotangents = [c.to(o.dtype).to(o.device) for c, o in zip(cotangents, outputs, strict=True)]
+    return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, cotangents)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradient_error_is_bounded_by_eager(shape, dtype, device, assert_accurate):
-    inputs = [*tensors(*shape, dtype, device, normalise=True), torch.tensor(8.0, dtype=dtype, device=device)]
+@pytest.mark.parametrize("scale", [8.0, 300.0])
+def test_gradient_error_is_bounded_by_eager(scale, shape, dtype, device, assert_accurate):
+    inputs = [*tensors(*shape, dtype, device, normalise=True), torch.tensor(scale, dtype=dtype, device=device)]
     cotangents = torch.randn(shape[0], dtype=torch.float64), torch.randn(shape[1], dtype=torch.float64)
-
-    def gradients(op, inputs):
-        inputs = [t.detach().requires_grad_() for t in inputs]
-        outputs = op(*inputs)
-        return torch.autograd.grad(
-            outputs, inputs, [c.to(o.dtype).to(o.device) for c, o in zip(cotangents, outputs, strict=True)]
-        )
-
-    got, eager = gradients(ops.similarity_logsumexp, inputs), gradients(dense, inputs)
-    truth = gradients(dense, double(*inputs))
-    for one, two, three in zip(got, eager, truth, strict=True):
+    got = values_and_gradients(ops.similarity_logsumexp, inputs, cotangents)
+    eager = values_and_gradients(dense, inputs, cotangents)
+    truth = values_and_gradients(dense, double(*inputs), cotangents)
+    for one, two, three in zip(got[2:], eager[2:], truth[2:], strict=True):
         assert one.dtype == dtype
         assert_accurate(one, two, three, dtype, units=4)
+
+
+# one less, just as many and one more than the rows, columns and dimensions that kernels take together
+EDGES = [
+    *((n, k, 3) for n in (3, 4, 5, 11, 12, 13, 23, 24, 25, 97) for k in (7, 15, 16, 17, 31, 33, 47, 48, 49, 191, 193)),
+    *((30, 50, d) for d in (1, 7, 15, 16, 17, 31, 32, 33, 127, 128, 129, 257)),
+    *((3, 4700, 2), (1000, 4700, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_edges_of_the_blocks(shape, dtype, device, assert_accurate):
+    inputs = [*tensors(*shape, dtype, device, normalise=True), torch.tensor(8.0, dtype=dtype, device=device)]
+    cotangents = torch.rand(shape[0], dtype=torch.float64), torch.rand(shape[1], dtype=torch.float64)
+    got = values_and_gradients(ops.similarity_logsumexp, inputs, cotangents)
+    eager = values_and_gradients(dense, inputs, cotangents)
+    truth = values_and_gradients(dense, double(*inputs), cotangents)
+    for one, two, three in zip(got, eager, truth, strict=True):
+        assert_accurate(one, two, three, dtype)
+
+
+@pytest.mark.parametrize("far", [0, 60], ids=["first_tile", "last_tile"])
+def test_scores_of_very_different_size_in_one_call(far, device, assert_accurate):
+    """Rows a thousand times as long as the others: no common maximum serves their tile."""
+    z, x = tensors(70, 230, 9, torch.float32, device)
+    z[far : far + 3] *= 1000
+    inputs, cotangents = [z, x, torch.tensor(1.5, device=device)], (torch.rand(70), torch.rand(230))
+    got = values_and_gradients(ops.similarity_logsumexp, inputs, cotangents)
+    eager = values_and_gradients(dense, inputs, cotangents)
+    truth = values_and_gradients(dense, double(*inputs), cotangents)
+    for one, two, three in zip(got, eager, truth, strict=True):
+        assert_accurate(one, two, three, torch.float32)
 
 
 @pytest.mark.parametrize("wanted", range(3))
