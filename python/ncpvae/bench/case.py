@@ -103,8 +103,8 @@ def call(case: Case, function: Callable[..., Any], *inputs: Tensor) -> Function:
 
 def largest_error(values: Tensor, truth: Tensor, relative: bool = False) -> float:
     """max |values − truth|, in units of max |truth| where `relative`; NaN stays NaN."""
-    difference = (values.detach().double() - truth).abs().max()
-    return float(difference / truth.abs().max().clamp_min(1e-300) if relative else difference)
+    difference = (values.double() - truth).detach().abs().max()
+    return float(difference / truth.detach().abs().max().clamp_min(1e-300) if relative else difference)
 
 
 def require_memory(size: int, device: torch.device, what: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .case import BOTH, FORWARD
+from .case import BOTH, FORWARD, Case
 
 Record = dict[str, Any]
 SMALL_US = 1000.0  # what eager does in less is a small size
@@ -18,7 +18,7 @@ class Goal:
         text: what is asked for.
         wanted: the limit.
         unit: "×", at least so many times faster than the peer, or "µs", at most.
-        op, shape, direction: of the record that shows it, `shape` being a part of the record's.
+        op, shape, direction: of the record that shows it, `shape` being a part of its sizes and settings.
         peer: that the ratio is to.
     """
 
@@ -31,7 +31,9 @@ class Goal:
     unit: str = "×"
 
     def shown_by(self, record: Record) -> bool:
-        same = all(record["shape"].get(name) == value for name, value in self.shape.items())
+        """Whether a record, or a case as JSON, is the one."""
+        sizes = record["shape"] | record["settings"]
+        same = all(sizes.get(name) == value for name, value in self.shape.items())
         return record["op"] == self.op and record["direction"] == self.direction and same
 
 
@@ -68,6 +70,13 @@ class Outcome:
     measured: float | None
     met: bool | None
     note: str = ""
+
+
+def ask_for(case: Case, peer: str) -> bool:
+    """Whether a goal is about `peer` in this case; about plain torch they all are, and so is streaming about SIR."""
+    return peer.startswith(("eager", "sir_")) or any(
+        goal.peer == peer and goal.shown_by(case.as_json()) for goal in SPEED
+    )
 
 
 def outcomes(records: Iterable[Record]) -> list[Outcome]:

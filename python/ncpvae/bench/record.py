@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from . import machine
+from . import goals, machine
 from .case import OWN, Case, Function, Workload
 from .peers import reason
 from .timing import Timings, interleaved
 
 ATTEMPTS, PAUSE_SECONDS = 3, 10.0
-QUICK_PEERS = ("eager", "pykeops", "sir_resample")  # beginnings of the names of peers that a quick run asks for
 
 
 class MachineLoaded(RuntimeError):
@@ -36,7 +35,7 @@ def measure(
         make: its workload.
         device: where.
         seconds: for each contender, on average.
-        quick: leave out peers that no goal asks for.
+        quick: leave out peers that no goal is about.
         allow_load: accept a machine that others keep busy; the record says so.
 
     Raises:
@@ -44,7 +43,9 @@ def measure(
     """
     torch.manual_seed(0)
     workload = make(case, device)
-    functions, absent = _present(workload, quick)
+    if quick:
+        workload.peers = {name: make for name, make in workload.peers.items() if goals.ask_for(case, name)}
+    functions, absent = _present(workload)
     bound, bound_is = machine.bound(workload, device)
     timings, neighbours = _undisturbed(case, functions, device, seconds, allow_load)
     medians = {name: statistics.median(times) for name, times in timings.times.items()}
@@ -62,6 +63,7 @@ def measure(
         "p90_us": {name: _us(_p90(times)) for name, times in timings.times.items()},
         "rounds": len(timings.times[OWN]),
         "calls_per_round": timings.calls,
+        "elements": workload.elements,
         "rate": _rate(workload, own),
         "bound": {"us": _us(bound), "percent": _figures(100 * bound / own), "is": bound_is},
         "error": _errors(workload, functions),
@@ -72,12 +74,10 @@ def measure(
     }
 
 
-def _present(workload: Workload, quick: bool) -> tuple[dict[str, Function], dict[str, str]]:
+def _present(workload: Workload) -> tuple[dict[str, Function], dict[str, str]]:
     """The contenders that run, each called once, and why the others do not."""
     functions, absent = {OWN: workload.own}, {}
     for name, make in workload.peers.items():
-        if quick and not name.startswith(QUICK_PEERS):
-            continue
         try:
             function = make()
             function()

@@ -24,11 +24,11 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
 
 
 def _case(B: int, M: int, n: int = 1, dtype: str = "float32") -> Case:
-    return Case(NAME, {"B": B, "M": M, "n": n}, dtype)
+    return Case(NAME, {"B": B, "M": M}, dtype, settings={"n": n})
 
 
 def workload(case: Case, device: torch.device) -> Workload:
-    B, M, n = (case.shape[letter] for letter in "BMn")
+    B, M, n = case.shape["B"], case.shape["M"], case.settings["n"]
     generator = torch.Generator(device).manual_seed(0)
     log_weights = torch.randn(B, M, device=device, generator=generator).to(case.torch_dtype)
     seed = ops.draw_seed(device, generator)

@@ -10,6 +10,7 @@ import torch
 
 BLOCK_SECONDS = 2e-3  # calls shorter than this are timed many at once
 MIN_ROUNDS = 5
+SLOW_ROUNDS = 3  # of a contender one call of which takes more than its share of the time
 MAX_ROUNDS = 2000
 
 
@@ -26,22 +27,29 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], device: torch.devic
     Args:
         contenders: name → function, called a few times before it is timed.
         device: what to wait for at the end of a block.
-        seconds: on average over the contenders; at least five rounds are made.
+        seconds: on average over the contenders; at least five rounds are made, three of slow contenders.
     """
     with _cheap_garbage_collection():
         calls = {name: _calls_per_block(function, device) for name, function in contenders.items()}
         times: dict[str, list[float]] = {name: [] for name in contenders}
-        deadline = time.perf_counter() + seconds * len(contenders)
+        taking_turns, left = dict(contenders), seconds * len(contenders)
         for round_number in range(MAX_ROUNDS):
-            if round_number >= MIN_ROUNDS and time.perf_counter() > deadline:
+            if not taking_turns or (round_number >= MIN_ROUNDS and left < 0):
                 break
-            for name, function in contenders.items():
-                times[name].append(_block(function, calls[name], device) / calls[name])
+            for name, function in list(taking_turns.items()):
+                block = _block(function, calls[name], device)
+                times[name].append(block / calls[name])
+                if block <= seconds:
+                    left -= block
+                elif len(times[name]) >= SLOW_ROUNDS:
+                    del taking_turns[name]
     return Timings(times, calls)
 
 
 def _calls_per_block(function: Callable[[], Any], device: torch.device) -> int:
-    estimate = min(_block(function, 1, device) for _ in range(3))
+    estimate = _block(function, 1, device)
+    if estimate < 10 * BLOCK_SECONDS:  # the first call may have had to fetch its data, a second one tells more
+        estimate = _block(function, 1, device)
     if estimate < BLOCK_SECONDS:
         count = max(1, round(BLOCK_SECONDS / estimate))
         estimate = _block(function, count, device) / count
