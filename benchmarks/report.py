@@ -1,4 +1,4 @@
-"""Tables and plots from the figures in `results/`: `python benchmarks/report.py` writes `results/tables.md` and SVGs."""
+"""Tables and plots of the figures in `results/`, written beside them: `python benchmarks/report.py [FOLDER]`."""
 
 import json
 import sys
@@ -144,7 +144,8 @@ def _markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def plot(records: Sequence[Record], folder: Path) -> list[Path]:
     """A figure for each op and each set of fixed sizes that three sizes or more were timed of."""
     written = []
-    for _, group in groupby(sorted(records, key=_series), key=_series):
+    drawn = [record for record in records if record["op"] in AXES]
+    for _, group in groupby(sorted(drawn, key=_series), key=_series):
         line = sorted(group, key=lambda record: AXES[record["op"]].of(record))
         sizes = {AXES[record["op"]].of(record) for record in line}
         if len(sizes) >= 3:
@@ -153,12 +154,10 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def _series(record: Record) -> tuple[str, ...]:
-    """What records that belong in one figure have in common; ops without an axis are in none."""
-    axis = AXES.get(record["op"])
+    """What records that belong in one figure have in common."""
     sizes = record["shape"] | record["settings"]
-    fixed = [] if axis is None else [f"{name}={sizes[name]}" for name in axis.fixed]
-    apart = [] if axis is not None else [json.dumps(sizes)]
-    return (record["file"], record["op"], record["dtype"], record["direction"], *fixed, *apart)
+    fixed = (f"{name}={sizes[name]}" for name in AXES[record["op"]].fixed)
+    return (record["file"], record["op"], record["dtype"], record["direction"], *fixed)
 
 
 def _figure(line: Sequence[Record], folder: Path) -> Path:

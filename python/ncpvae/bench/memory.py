@@ -1,4 +1,4 @@
-"""Peak memory of each contender, measured in a fresh process: `python -m ncpvae.bench.memory MODULE < cases`.
+"""Peak memory of each contender, measured in a fresh process.
 
 On CUDA by torch's allocator. On a CPU by the resident set, which counts everybody's memory and not torch's alone; Linux
 resets its peak on request. The fresh process takes each larger allocation from the system and gives it back, so that
@@ -36,7 +36,7 @@ def peaks(module: str, cases: Sequence[Case], device: torch.device) -> list[dict
         "threads": torch.get_num_threads(),
     }
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", __name__, module]
+    command = [sys.executable, "-c", f"from {__name__} import answer; answer({module!r})"]
     done = subprocess.run(command, input=json.dumps(request), env=environment, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if len(lines) < len(cases):
@@ -85,14 +85,11 @@ def _status(field: str) -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
 
 
-def main(module: str) -> None:
+def answer(module: str) -> None:
+    """What the fresh process does: a line of JSON for each of the cases on standard input."""
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
     device, workload = torch.device(request["device"]), importlib.import_module(module).workload
     for case in request["cases"]:
         torch.manual_seed(0)
         print(json.dumps(measure(workload(Case(**case), device), device)), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

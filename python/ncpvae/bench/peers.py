@@ -33,7 +33,8 @@ def imported(name: str) -> ModuleType:
         with contextlib.redirect_stdout(io.StringIO()):  # KeOps tells on import what it did not find
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        missing = f"{package} is not installed" if error.name == package else f"{package} needs {error.name}"
+        own = (error.name or "").partition(".")[0] == package
+        missing = f"{package} is not installed" if own else f"{package} needs {error.name}"
         raise Absent(f"{missing}: pip install 'ncpvae[bench]'") from error
     except Exception as error:  # whatever a peer's import raises, the others can be timed
         raise Absent(f"{package} cannot be imported: {_first_line(error)}") from error
