@@ -40,8 +40,9 @@ def workload_of(case: Case) -> Workload:
 
 
 def without_compiler(workload: Workload) -> Workload:
-    """torch.compile needs a compiler and half a minute."""
-    workload.peers = {name: make for name, make in workload.peers.items() if not name.startswith("compile")}
+    """torch.compile and KeOps need a compiler and half a minute."""
+    compiled = ("compile", "pykeops")
+    workload.peers = {name: make for name, make in workload.peers.items() if not name.startswith(compiled)}
     return workload
 
 
@@ -77,6 +78,12 @@ def test_every_way_to_resample_draws_from_the_softmax(monkeypatch):
         assert ((frequency - expected).abs() < error).all(), name
 
 
+def similarity_leaves(workload: Workload) -> tuple[torch.Tensor, ...]:
+    """What the workload's op is given, from the closure that gives it."""
+    held = (cell.cell_contents for cell in workload.own.__closure__)
+    return next(leaves for leaves in held if isinstance(leaves, tuple))
+
+
 def test_cross_entropy_is_the_logsumexp_less_the_diagonal():
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
@@ -84,9 +91,7 @@ def test_cross_entropy_is_the_logsumexp_less_the_diagonal():
     workload = workload_of(case)
     (rows, columns), gradients = workload.own()
     losses, their_gradients = workload.peers["linear_cross_entropy"]()()
-    z, x, scale = (
-        cell.cell_contents for cell in workload.own.__closure__ if isinstance(cell.cell_contents, tuple)
-    ).__next__()
+    z, x, scale = similarity_leaves(workload)
     diagonal = scale * (z * x).sum(1)
     torch.testing.assert_close(
         torch.stack(losses), torch.stack([(rows - diagonal).mean(), (columns - diagonal).mean()])
@@ -95,12 +100,21 @@ def test_cross_entropy_is_the_logsumexp_less_the_diagonal():
     torch.testing.assert_close(their_gradients[0], gradients[0] + expected)
 
 
-@pytest.mark.parametrize("name", ["torchebm"])
-def test_torchebm_makes_the_same_step(name):
-    pytest.importorskip(name)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [case for case in TINY if "logsumexp" in case.op], ids=lambda case: f"{case.op} {case}"
+)
+def test_keops_computes_the_same(case):
+    pytest.importorskip("pykeops")
+    workload = workload_of(case)
+    assert workload.error(workload.peers["pykeops"]()()) < 1e-4
+
+
+def test_torchebm_makes_the_same_step():
+    pytest.importorskip("torchebm")
     workload = workload_of(next(case for case in TINY if case.op == "langevin_step"))
     steps = []
-    for peer in ("eager_formula", name):
+    for peer in ("eager_formula", "torchebm"):
         step = workload.peers[peer]()
         torch.manual_seed(0)
         steps.append(step())
@@ -201,13 +215,18 @@ def test_the_instruction_set_is_that_of_the_library(library, name, monkeypatch):
 def test_peers_that_are_missing_or_fail_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pykeops", None)
     monkeypatch.delitem(sys.modules, "pykeops.torch", raising=False)
-    timed = quiet_measure(next(case for case in TINY if case.op == "gaussian_logsumexp"))
+    gaussian = next(case for case in TINY if case.op == "gaussian_logsumexp")
+
+    def without_compile(case, device):
+        workload = workload_of(case)
+        return Workload(workload.own, {"pykeops": workload.peers["pykeops"]}, "element", 1, bytes_moved=8)
+
+    timed = quiet_measure(gaussian, without_compile)
     assert timed["absent"]["pykeops"] == "pykeops is not installed: pip install 'ncpvae[bench]'"
     assert "pykeops" not in timed["median_us"]
 
     def failing(case, device):
-        workload = without_compiler(workload_of(case))
-        return Workload(workload.own, {"eager_broken": lambda: lambda: 1 // 0}, "element", 1, bytes_moved=8)
+        return Workload(workload_of(case).own, {"eager_broken": lambda: lambda: 1 // 0}, "element", 1, bytes_moved=8)
 
     assert quiet_measure(TINY[2], failing)["absent"] == {
         "eager_broken": "failed: ZeroDivisionError: integer division or modulo by zero"
@@ -338,7 +357,11 @@ def test_the_command_prints_records_and_goals_and_keeps_them(tiny_langevin, tmp_
     assert "langevin_step z=64×128 float32" in printed and "eager_in_place" in printed and "1 thread(s)" in printed
     *records, last = map(json.loads, output.read_text().splitlines())
     assert [r["shape"]["z"] for r in records] == [[1, 2], [64, 2], [64, 128]]
-    assert set(records[0]) == KEYS | {"peak_bytes"} and records[0]["threads"] == 1 and records[0]["load_allowed"]
+    assert (
+        set(records[0]) == KEYS | {"peak_bytes", "allocator_settled"}
+        and records[0]["threads"] == 1
+        and records[0]["load_allowed"]
+    )
     native = records[0]["isa"] in goals.SHARE
     assert ("goals" in last) == native and ("time of a tiny call" in printed) == native
 

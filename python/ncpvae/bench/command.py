@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .._files import write_atomic
-from . import goals, memory
+from . import goals, machine, memory
 from .case import OWN, Case
 from .record import measure
 
@@ -72,11 +72,13 @@ def run(
     if output is not None:
         _check_writable(output)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settled = machine.settle_allocator()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     records: list[dict[str, Any]] = []
     try:
         for record in _records(modules, quick, seconds, device, allow_load):
+            record["allocator_settled"] = settled
             if not records:
                 say(_heading(record))
             say(line(record))

@@ -1,5 +1,6 @@
 """The machine that a benchmark runs on: what it is, how busy others keep it, and what it can do at best."""
 
+import ctypes
 import os
 import platform
 import time
@@ -16,6 +17,9 @@ from .timing import interleaved
 H200_BYTES, H200_PRODUCTS, H200_FLOPS, H200_EXPONENTIALS = 4.3e12, 790e12, 67e12, 3.7e12
 H200_LAUNCH = 3e-6
 GEMM_SIZE = 2048
+# glibc's mallopt: parameters, and the values that it arrives at by itself once a tensor of 32 MiB has been freed.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+SETTLED = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
@@ -57,6 +61,19 @@ def instruction_set(device: torch.device) -> str:
     stem = loaded.partition(".")[0]
     ends = {end: name for name, end in _library.CPU_CAPABILITIES.items() if end}
     return next((name for end, name in ends.items() if stem.endswith(end)), "baseline")
+
+
+def settle_allocator() -> bool:
+    """Give glibc's allocator the state of a process that has run for a while; False for other systems' allocators.
+
+    Until then it takes each tensor above a threshold from the system, page by page, and raises the threshold as tensors
+    are freed: the time of whatever makes temporaries, which plain torch does, would depend on what ran before.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all(mallopt(parameter, value) == 1 for parameter, value in SETTLED.items())
 
 
 class Neighbours:
