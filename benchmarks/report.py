@@ -186,7 +186,7 @@ def _figure(line: Sequence[Record], folder: Path) -> Path:
     figure.suptitle(f"{', '.join(rest)}; {line[0]['device']}, {line[0]['isa']}, {line[0]['date']}", fontsize=9)
     words = "-".join(rest).replace(" ", "-").replace("=", "")
     path = folder / f"{plot_stem(file, op)}--{words}.svg"
-    with rc_context({"svg.hashsalt": op}):
+    with rc_context({"svg.hashsalt": op, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
     return path
 

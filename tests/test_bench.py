@@ -266,8 +266,8 @@ def test_peak_memory_counts_temporaries_and_result():
 
 
 def test_memory_of_streaming_does_not_grow_with_the_proposals():
-    cases = [Case("sir_update", {"B": 16, "M": M, "D": 8}) for M in (10_000, 100_000)]
-    few, many = memory.peaks("ncpvae.bench.sir_update", cases, CPU)
+    with memory.FreshProcess("ncpvae.bench.sir_update", CPU) as fresh:
+        few, many = (fresh.peaks(Case("sir_update", {"B": 16, "M": M, "D": 8})) for M in (10_000, 100_000))
     assert set(few) == {OWN, "sir_resample", "eager_multinomial"}
     if many[OWN] is None:
         pytest.skip("this system does not tell")
@@ -278,8 +278,10 @@ def test_memory_of_streaming_does_not_grow_with_the_proposals():
 @pytest.mark.skipif(os.name == "nt", reason="there is no `false`")
 def test_a_process_that_dies_costs_only_the_peaks(capsys, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
-    assert memory.peaks("ncpvae.bench.sir_update", [TINY[0]], CPU) == [{}]
-    assert "peak memory of 1 case(s) is not known: it ended with status 1" in capsys.readouterr().err
+    with memory.FreshProcess("ncpvae.bench.sir_update", CPU) as fresh:
+        assert [fresh.peaks(TINY[0]), fresh.peaks(TINY[0])] == [{}, {}]
+    message = "peak memory of sir_resample B=3 M=200 n=2 float32 is not known: its process ended with status 1"
+    assert capsys.readouterr().err.splitlines() == [message, message]
 
 
 # Goals
@@ -345,7 +347,7 @@ def tiny_langevin(monkeypatch):
 
     cases = [Case("langevin_step", {"z": [1, 2]}), *(Case("langevin_step", {"z": [64, size]}) for size in (2, 128))]
     monkeypatch.setattr(langevin_step, "cases", lambda device, quick=False: cases)
-    monkeypatch.setattr(memory, "peaks", lambda module, cases, device: [{OWN: 1 << 20}] * len(cases))
+    monkeypatch.setattr(memory.FreshProcess, "peaks", lambda self, case: {OWN: 1 << 20})
 
 
 def test_the_command_prints_records_and_goals_and_keeps_them(tiny_langevin, tmp_path, capsys):

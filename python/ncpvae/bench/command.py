@@ -97,10 +97,10 @@ def _records(
     modules: Sequence[ModuleType], quick: bool, seconds: float, device: torch.device, allow_load: bool
 ) -> Iterator[dict[str, Any]]:
     for module in modules:
-        cases: list[Case] = module.cases(device, quick)
-        peaks = memory.peaks(module.__name__, cases, device)
-        for case, peak in zip(cases, peaks, strict=True):
-            yield measure(case, module.workload, device, seconds, quick, allow_load) | {"peak_bytes": peak}
+        with memory.FreshProcess(module.__name__, device) as fresh:
+            for case in module.cases(device, quick):
+                peaks = fresh.peaks(case)
+                yield measure(case, module.workload, device, seconds, quick, allow_load) | {"peak_bytes": peaks}
 
 
 def _check_writable(path: Path) -> None:

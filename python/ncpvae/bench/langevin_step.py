@@ -48,7 +48,7 @@ def workload(case: Case, device: torch.device) -> Workload:
         elements=z.numel(),
         bytes_moved=3 * z.nbytes,
         error=lambda output: largest_error(output, truth),
-        error_of="the next state, largest absolute error, given the same noise",
+        error_of="the next state, largest absolute error; eager is given the float64 noise of the same words, rounded",
         outputs={
             OWN: own,
             "eager_formula": partial(eager_formula, *arguments, given),

@@ -5,12 +5,14 @@ resets its peak on request. The fresh process takes each larger allocation from 
 what one contender has freed does not serve the next unseen.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,29 +22,62 @@ from .case import OWN, Absent, Case, Workload
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # bytes; setting it stops glibc from raising it
 
 
-def peaks(module: str, cases: Sequence[Case], device: torch.device) -> list[dict[str, int | None]]:
-    """For each case: contender → bytes at the peak of a call beyond those before it, the result included.
-
-    None where a contender cannot be measured, and for all of them where the process ends before its time.
+class FreshProcess:
+    """A process that measures the peaks of one case after the other, and waits in between; to be used by `with`.
 
     Args:
         module: that has the cases' `workload`.
-        cases: what is measured.
         device: where.
     """
-    request = {
-        "cases": [case.as_json() for case in cases],
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-    }
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", f"from {__name__} import answer; answer({module!r})"]
-    done = subprocess.run(command, input=json.dumps(request), env=environment, capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if len(lines) < len(cases):
-        why = (done.stderr.strip() or f"it ended with status {done.returncode}").splitlines()[-1]
-        print(f"peak memory of {len(cases) - len(lines)} case(s) is not known: {why}", file=sys.stderr)
-    return lines + [{}] * (len(cases) - len(lines))
+
+    def __init__(self, module: str, device: torch.device) -> None:
+        self.module, self.device = module, device
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "FreshProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def peaks(self, case: Case) -> dict[str, int | None]:
+        """Contender → bytes at the peak of a call beyond those before it, the result included.
+
+        Contenders that cannot be measured are missing or None; all of them are where the process comes to its end.
+        """
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(case.as_json()), file=process.stdin, flush=True)
+        answer = next((line for line in process.stdout if line.startswith("{")), None)  # a peer may print, too
+        if answer is None:
+            status = process.wait()
+            self._errors.seek(0)
+            lines = self._errors.read().strip().splitlines()
+            reason = lines[-1] if lines else f"its process ended with status {status}"
+            print(f"peak memory of {case.op} {case} is not known: {reason}", file=sys.stderr)
+            self._end()
+        return {} if answer is None else json.loads(answer)
+
+    def _start(self) -> "subprocess.Popen[str]":
+        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        call = f"answer({self.module!r}, {str(self.device)!r}, {torch.get_num_threads()})"
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        return subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import answer; {call}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            text=True,
+        )
+
+    def _end(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.communicate()  # the end of its input is the end of its work
+            self._errors.close()
+            self._process = None
 
 
 def measure(workload: Workload, device: torch.device) -> dict[str, int | None]:
@@ -85,11 +120,13 @@ def _status(field: str) -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
 
 
-def answer(module: str) -> None:
-    """What the fresh process does: a line of JSON for each of the cases on standard input."""
-    request = json.load(sys.stdin)
-    torch.set_num_threads(request["threads"])
-    device, workload = torch.device(request["device"]), importlib.import_module(module).workload
-    for case in request["cases"]:
+def answer(module: str, device: str, threads: int) -> None:
+    """What the fresh process does: a line of JSON for each line, a case, on standard input."""
+    torch.set_num_threads(threads)
+    workload = importlib.import_module(module).workload
+    for line in sys.stdin:
         torch.manual_seed(0)
-        print(json.dumps(measure(workload(Case(**case), device), device)), flush=True)
+        print(
+            json.dumps(measure(workload(Case(**json.loads(line)), torch.device(device)), torch.device(device))),
+            flush=True,
+        )
