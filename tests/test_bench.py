@@ -35,6 +35,16 @@ KEYS = {
 }
 
 
+MEASURED = machine.copy_seconds.__wrapped__, machine.product_rate.__wrapped__
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch):
+    """What the machine can do takes seconds to measure."""
+    monkeypatch.setattr(machine, "copy_seconds", lambda size, device: 1e-6 + size * 1e-9)
+    monkeypatch.setattr(machine, "product_rate", lambda device: 1e9)
+
+
 def workload_of(case: Case) -> Workload:
     return importlib.import_module(f"ncpvae.bench.{case.op}").workload(case, CPU)
 
@@ -182,17 +192,18 @@ def test_a_loaded_machine_is_refused_after_three_attempts(monkeypatch, capsys):
     assert allowed["load_allowed"] and allowed["others_busy_cpus"] == 64.0
 
 
-def test_bounds_are_the_larger_of_copy_and_product(monkeypatch):
-    monkeypatch.setattr(machine, "copy_seconds", lambda size, device: size * 1e-9)
-    monkeypatch.setattr(machine, "product_rate", lambda device: 1e9)
-    moved = Workload(own=int, peers={}, unit="", elements=1, bytes_moved=500, flops=20)
-    assert machine.bound(moved, CPU) == (pytest.approx(5e-7), "copy of as many bytes, measured")
-    moved.flops = 2000
-    assert machine.bound(moved, CPU) == (pytest.approx(2e-6), "sgemm at 1 GFLOP/s, measured")
+def test_bounds_are_the_larger_of_copy_and_product():
+    moved = Workload(own=int, peers={}, unit="", elements=1, bytes_moved=4000, flops=20)
+    assert machine.bound(moved, CPU) == (pytest.approx(5e-6), "copy of as many bytes, measured")
+    moved.flops = 20_000
+    assert machine.bound(moved, CPU) == (pytest.approx(2e-5), "sgemm at 1 GFLOP/s, measured")
 
 
-def test_the_copy_takes_longer_for_more_bytes():
-    assert 0 < machine.copy_seconds(1 << 10, CPU) < machine.copy_seconds(1 << 26, CPU)
+def test_copies_and_products_are_measured(monkeypatch):
+    copy_seconds, product_rate = MEASURED
+    monkeypatch.setattr(machine, "GEMM_SIZE", 128)
+    assert 0 < copy_seconds(1 << 10, CPU) < copy_seconds(1 << 26, CPU)
+    assert 1e8 < product_rate(CPU) < 1e14
 
 
 @pytest.mark.parametrize(
