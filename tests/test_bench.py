@@ -150,6 +150,13 @@ def test_goals_have_their_cases_in_both_runs():
             assert any(goal.shown_by(case) for case in cases), goal
 
 
+def test_a_quick_run_has_the_peers_of_the_goals_alone():
+    goal, other = ({"N": N, "K": N, "D": 32} for N in (4096, 64))
+    peers = dict.fromkeys(["eager_two_products", "compile_broadcast", "pykeops"])
+    asked = [list(goals.asked_for(Case("gaussian_logsumexp", shape), peers)) for shape in (goal, other)]
+    assert asked == [["eager_two_products", "pykeops"], ["eager_two_products"]]
+
+
 # Timing
 
 
@@ -358,7 +365,7 @@ def tiny_langevin(monkeypatch):
 
     cases = [Case("langevin_step", {"z": [1, 2]}), *(Case("langevin_step", {"z": [64, size]}) for size in (2, 128))]
     monkeypatch.setattr(langevin_step, "cases", lambda device, quick=False: cases)
-    monkeypatch.setattr(memory.FreshProcess, "peaks", lambda self, case: {OWN: 1 << 20})
+    monkeypatch.setattr(memory.FreshProcess, "peaks", lambda self, case, quick: {OWN: 1 << 20})
 
 
 def test_the_command_prints_records_and_goals_and_keeps_them(tiny_langevin, tmp_path, capsys):

@@ -99,7 +99,7 @@ def _records(
     for module in modules:
         with memory.FreshProcess(module.__name__, device) as fresh:
             for case in module.cases(device, quick):
-                peaks = fresh.peaks(case)
+                peaks = fresh.peaks(case, quick)
                 yield measure(case, module.workload, device, seconds, quick, allow_load) | {"peak_bytes": peaks}
 
 

@@ -71,11 +71,10 @@ class Outcome:
     note: str = ""
 
 
-def ask_for(case: Case, peer: str) -> bool:
-    """Whether a goal is about `peer` in this case; about plain torch they all are, and so is streaming about SIR."""
-    return peer.startswith(("eager", "sir_")) or any(
-        goal.peer == peer and goal.shown_by(case.as_json()) for goal in SPEED
-    )
+def asked_for(case: Case, peers: dict[str, Any]) -> dict[str, Any]:
+    """Those of a case's peers that a goal is about: plain torch always, all at once for streaming, others by name."""
+    named = {goal.peer for goal in SPEED if goal.shown_by(case.as_json())}
+    return {name: peer for name, peer in peers.items() if name.startswith(("eager", "sir_")) or name in named}
 
 
 def outcomes(records: Iterable[Record]) -> list[Outcome]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .case import OWN, Absent, Case, Workload
+from .goals import asked_for
 
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # bytes; setting it stops glibc from raising it
 
@@ -40,15 +41,16 @@ class FreshProcess:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def peaks(self, case: Case) -> dict[str, int | None]:
+    def peaks(self, case: Case, quick: bool = False) -> dict[str, int | None]:
         """Contender → bytes at the peak of a call beyond those before it, the result included.
 
-        Contenders that cannot be measured are missing or None; all of them are where the process comes to its end.
+        With `quick` of those alone that goals are about. Contenders that cannot be measured are missing or None; all
+        of them are where the process comes to its end.
         """
         process = self._process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(case.as_json()), file=process.stdin, flush=True)
+            print(json.dumps({"case": case.as_json(), "quick": quick}), file=process.stdin, flush=True)
         answer = next((line for line in process.stdout if line.startswith("{")), None)  # a peer may print, too
         if answer is None:
             status = process.wait()
@@ -123,10 +125,12 @@ def _status(field: str) -> int:
 def answer(module: str, device: str, threads: int) -> None:
     """What the fresh process does: a line of JSON for each line, a case, on standard input."""
     torch.set_num_threads(threads)
-    workload = importlib.import_module(module).workload
+    make = importlib.import_module(module).workload
     for line in sys.stdin:
+        request = json.loads(line)
         torch.manual_seed(0)
-        print(
-            json.dumps(measure(workload(Case(**json.loads(line)), torch.device(device)), torch.device(device))),
-            flush=True,
-        )
+        case = Case(**request["case"])
+        workload = make(case, torch.device(device))
+        if request["quick"]:
+            workload.peers = asked_for(case, workload.peers)
+        print(json.dumps(measure(workload, torch.device(device))), flush=True)

@@ -44,7 +44,7 @@ def measure(
     torch.manual_seed(0)
     workload = make(case, device)
     if quick:
-        workload.peers = {name: make for name, make in workload.peers.items() if goals.ask_for(case, name)}
+        workload.peers = goals.asked_for(case, workload.peers)
     functions, absent = _present(workload)
     bound, bound_is = machine.bound(workload, device)
     timings, neighbours = _undisturbed(case, functions, device, seconds, allow_load)
