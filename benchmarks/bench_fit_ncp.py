@@ -1,73 +1,65 @@
 """`fit_ncp` against the bare loop that it wraps: forward, backward and Adam on the same batches, with no engine at all.
 
-Both train the same classifier on 60,000 codes of 50 dimensions held in memory, with a fresh batch of base draws at
-every step. The engine's share in a step is what the ratio leaves below 1; it includes the held-out loss.
+Both build and train the same classifier on 60,000 codes of 50 dimensions held in memory, with a fresh batch of base
+draws at every step. The engine's share in a step is what the ratio leaves below 1; it includes the held-out loss.
 """
 
-import json
-import os
-import platform
-import time
+from itertools import pairwise
 
 import torch
-from timing import DEVICES
-from torch import nn
+from end_to_end import main
+from torch import Tensor, nn
 
-import ncpvae
 from ncpvae import MLPClassifier, NoiseContrastivePrior, Normal, fit_ncp, objectives
+from ncpvae.bench import Case, Workload
 
-N, D, STEPS, ROUNDS = 60_000, 50, 300, 3
-CASES = [(512, (256, 256, 256)), (512, (100, 100)), (128, (100, 100))]
+N, D, STEPS = 60_000, 50, 300
+SIZES = [(512, (256, 256, 256)), (512, (100, 100)), (128, (100, 100))]
 
 
-def bare(codes: torch.Tensor, batch_size: int, hidden: tuple[int, ...]) -> float:
-    """Steps per second of the loop one would write by hand."""
+def cases(device: torch.device, quick: bool = False) -> list[Case]:
+    sizes, steps = (SIZES[1:2], STEPS // 10) if quick else (SIZES, STEPS)
+    return [
+        Case("fit_ncp", {"N": N, "D": D, "batch": batch, "steps": steps}, settings={"hidden": list(hidden)})
+        for batch, hidden in sizes
+    ]
+
+
+def workload(case: Case, device: torch.device) -> Workload:
+    batch, steps, hidden = case.shape["batch"], case.shape["steps"], tuple(case.settings["hidden"])
+    codes = torch.randn(case.shape["N"], D, device=device) * 0.8 + 0.2
+    widths = [D, *hidden, 1]
+    multiply_adds = sum(a * b for a, b in pairwise(widths))
+    return Workload(
+        own=lambda: engine(codes, batch, steps, hidden),
+        peers={"eager_loop": lambda: lambda: bare(codes, batch, steps, hidden)},
+        unit="step",
+        elements=steps,
+        flops=3 * 2 * multiply_adds * 2 * batch * steps,  # forward, and backward to weights and activations
+        products=True,
+    )
+
+
+def bare(codes: Tensor, batch: int, steps: int, hidden: tuple[int, ...]) -> nn.Module:
+    """The loop one would write by hand."""
     classifier = MLPClassifier(D, hidden, nn.SiLU).to(codes.device)
     base = Normal(D).to(codes.device)()
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3, fused=True)
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        q = codes[torch.randint(N, (batch_size,), device=codes.device)]
-        logits = classifier(torch.cat([q, base.sample((batch_size,))]))
-        loss = objectives.nce(logits[:batch_size], logits[batch_size:])
+    for _ in range(steps):
+        q = codes[torch.randint(len(codes), (batch,), device=codes.device)]
+        logits = classifier(torch.cat([q, base.sample((batch,))]))
+        loss = objectives.nce(logits[:batch], logits[batch:])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    loss.item()  # waits for the device
-    return STEPS / (time.perf_counter() - start)
+    return classifier
 
 
-def engine(codes: torch.Tensor, batch_size: int, hidden: tuple[int, ...]) -> float:
-    """Steps per second of `fit_ncp` over as many steps as it logs, set-up left out as in `bare`."""
+def engine(codes: Tensor, batch: int, steps: int, hidden: tuple[int, ...]) -> nn.Module:
     prior = NoiseContrastivePrior(Normal(D), MLPClassifier(D, hidden, nn.SiLU)).to(codes.device)
-    result = fit_ncp(prior, codes, steps=STEPS, batch_size=batch_size, progress=False, validate_every=STEPS)
-    return STEPS / result.seconds
+    fit_ncp(prior, codes, steps=steps, batch_size=batch, progress=False, validate_every=steps)
+    return prior
 
 
-for device in DEVICES:
-    codes = torch.randn(N, D, device=device) * 0.8 + 0.2
-    for batch_size, hidden in CASES:
-        rates: dict[str, list[float]] = {"bare": [], "fit_ncp": []}
-        for round_ in range(ROUNDS + 1):
-            for name, function in (("bare", bare), ("fit_ncp", engine)):
-                rate = function(codes, batch_size, hidden)
-                if round_:  # the first round warms up
-                    rates[name].append(rate)
-        best = {name: max(values) for name, values in rates.items()}
-        record = {
-            "benchmark": "fit_ncp",
-            "N": N,
-            "D": D,
-            "batch_size": batch_size,
-            "hidden": hidden,
-            "steps": STEPS,
-            "steps_per_second": {name: round(value, 1) for name, value in best.items()},
-            "ratio": round(best["fit_ncp"] / best["bare"], 3),
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "load": round(os.getloadavg()[0], 2),
-            "torch": torch.__version__,
-            "ncpvae": ncpvae.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        print(json.dumps(record), flush=True)
+if __name__ == "__main__":
+    main("bench_fit_ncp")

@@ -192,13 +192,6 @@ def test_features_are_trained_and_name_their_figures(tmp_path, capsys):
     assert main(["train-features", "gaussians"]) == 2
 
 
-def test_bench_times_every_op(capsys):
-    assert main(["bench", "--seconds", "0.02"]) == 0
-    printed = capsys.readouterr().out
-    for op in ("sir_resample", "langevin_step", "similarity_logsumexp", "gaussian_logsumexp"):
-        assert op in printed
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -279,15 +279,30 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         for name in names:
             _say(show(name, output, steps, seed, device, data_dir, progress))
 
-    def bench(seconds: float = 0.3) -> None:
-        """Time every op on this machine against eager torch.
+    def bench(
+        ops: Positional[tuple[str, ...]] = (),
+        quick: bool = False,
+        output: Path | None = None,
+        seconds: float = 1.0,
+        threads: int | None = None,
+        device: str = "auto",
+        allow_load: bool = False,
+    ) -> None:
+        """Time ops on this machine against eager torch and other peers, and say which goals they meet.
 
         Args:
-            seconds: of measuring for each case
+            ops: of sir_resample, sir_update, langevin_step, similarity_logsumexp, gaussian_logsumexp; all by default
+            quick: only the sizes of the goals and small ones, against the peers that goals name; a few minutes
+            output: file for the figures, a JSON object per line
+            seconds: of measuring for each contender
+            threads: torch's (default: as many as it takes by itself)
+            device: auto, cpu, cuda, …
+            allow_load: accept a machine that other processes keep busy; the figures say so
         """
         from .bench import bench as measure
+        from .runs.folder import chosen_device
 
-        _say(measure(seconds))
+        measure(ops, quick, output, seconds, threads, chosen_device(device), allow_load, _say)
 
     def info() -> None:
         """Versions, devices, and which kernels serve each op."""
@@ -357,6 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print("ncpvae: the command line needs tyro: pip install 'ncpvae[cli]'", file=sys.stderr)
         return 2
+    from .bench import MachineLoaded
     from .train import TrainingDiverged, TrainingInterrupted
 
     before = signal.getsignal(signal.SIGTERM)
@@ -378,6 +394,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         _complain(error)
         return 2
+    except MachineLoaded as error:
+        _complain(error)
+        return 1
     except RuntimeError as error:
         if "failed on rank" not in str(error):
             raise

@@ -1,0 +1,28 @@
+"""What the end-to-end benchmarks share: a module with `cases` and `workload` becomes a script."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from ncpvae.bench import MachineLoaded, run
+
+
+def main(name: str) -> None:
+    """Time the cases of the module `name` and print them; exit status 1 on a loaded machine, 2 on bad input."""
+    module = __import__(name)
+    parser = argparse.ArgumentParser(description=module.__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
+    parser.add_argument("--output", type=Path, help="file for the figures, a JSON object per line")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring for each contender")
+    parser.add_argument("--threads", type=int, help="torch's")
+    parser.add_argument("--device", type=torch.device, help="cuda where there is one, by default")
+    parser.add_argument("--allow-load", action="store_true", help="accept a machine that others keep busy")
+    a = parser.parse_args()
+    try:
+        run([module], a.quick, a.output, a.seconds, a.threads, a.device, a.allow_load)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except MachineLoaded as error:
+        sys.exit(str(error))
