@@ -37,8 +37,13 @@ def _identity() -> str:
     return f"{find()} {version} torch {torch.__version__}"
 
 
-def _make(name: str, inputs: Iterable[bytes], arguments: Sequence[object]) -> Path:
-    """Run the compiler with `arguments` and `-o <the result>`, unless it has done so with these inputs before."""
+def make(
+    name: str, inputs: Iterable[bytes], arguments: Sequence[object], program: str | None = None, keep_log: bool = False
+) -> Path:
+    """Run a compiler with `arguments` and `-o <the result>`, unless it has done so with these `inputs` before.
+
+    `program` is the C++ compiler unless given; `keep_log` keeps what it says, beside the result, in a file `….log`.
+    """
     digest = hashlib.sha256(_identity().encode())
     for part in inputs:
         digest.update(hashlib.sha256(part).digest())
@@ -47,9 +52,12 @@ def _make(name: str, inputs: Iterable[bytes], arguments: Sequence[object]) -> Pa
     if not result.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         partial = result.with_name(f"{os.getpid()}-{result.name}")  # another run may be making the same
-        run = subprocess.run([str(find()), *map(str, arguments), "-o", str(partial)], capture_output=True, text=True)
+        command = [program or str(find()), *map(str, arguments), "-o", str(partial)]
+        run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
-            raise RuntimeError(f"{' '.join(map(str, arguments))}\n{run.stderr}")
+            raise RuntimeError(f"{' '.join(command)}\n{run.stderr}")
+        if keep_log:
+            result.with_suffix(".log").write_text(run.stderr)
         partial.rename(result)
     return result
 
@@ -59,18 +67,18 @@ def compile_object(source: Path, flags: Sequence[str], includes: Sequence[Path])
     headers = sorted(path for folder in includes for path in folder.rglob("*.h"))
     inputs = [" ".join(flags).encode(), *(path.read_bytes() for path in (source, *headers))]
     folders = [f"-I{folder}" for folder in includes] + ["-isystem", str(TORCH / "include")]
-    return _make(f"{source.stem}.o", inputs, [*flags, *folders, "-x", "c++", "-c", source])
+    return make(f"{source.stem}.o", inputs, [*flags, *folders, "-x", "c++", "-c", source])
 
 
 def link_kernels(name: str, objects: Sequence[Path], flags: Sequence[str] = ()) -> Path:
     """A library of kernels, which registers itself with torch when it is loaded. Flags may name linker scripts."""
     scripts = [Path(flag.rpartition(",")[2]).read_bytes() for flag in flags if flag.endswith(".ld")]
     libraries = [f"-L{TORCH}/lib", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath,{TORCH}/lib"]
-    return _make(f"{name}.so", [*_names(flags, objects), *scripts], ["-shared", *flags, *objects, *libraries])
+    return make(f"{name}.so", [*_names(flags, objects), *scripts], ["-shared", *flags, *objects, *libraries])
 
 
 def link_program(name: str, objects: Sequence[Path], flags: Sequence[str] = ()) -> Path:
-    return _make(f"{name}.exe", _names(flags, objects), [*flags, *objects])
+    return make(f"{name}.exe", _names(flags, objects), [*flags, *objects])
 
 
 def _names(flags: Sequence[str], objects: Sequence[Path]) -> list[bytes]:
