@@ -161,10 +161,10 @@ def section(library: bytes, name: str) -> bytes:
 def device_code(library: Path) -> list[set[str]]:
     """For each translation unit with device code, the targets: {"80-real", …, "100-virtual"}.
 
-    Section .nv_fatbin is a row of containers, each a header (magic, version, header size, size of the rest) and entries:
-    kind (1 PTX, 2 machine code), version, header size, payload size, …, the architecture's number 28 bytes on, and flags
-    40 bytes on, of which one says that the code is for this architecture alone (the "a" of sm_90a). NVIDIA does not
-    document this; the test compiles for other targets and sees that they are told apart.
+    Section .nv_fatbin is a row of containers, each a header (magic, version, header size, size of the rest) and
+    entries: kind (1 PTX, 2 machine code), version, header size, payload size, …, the architecture's number 28 bytes on,
+    and flags 40 bytes on, of which one says that the code is for this architecture alone (the "a" of sm_90a). NVIDIA
+    does not document this; the test compiles for several targets and sees that they are told apart.
     """
     content, units, position = section(library.read_bytes(), ".nv_fatbin"), [], 0
     while position + 16 <= len(content):
@@ -176,9 +176,8 @@ def device_code(library: Path) -> list[set[str]]:
         targets = set()
         while entry < end:
             kind, _, entry_header, payload = struct.unpack_from("<HHIQ", content, entry)
-            (architecture,), (flags,) = (
-                struct.unpack_from(f, content, entry + at) for f, at in (("<I", 28), ("<Q", 40))
-            )
+            (architecture,) = struct.unpack_from("<I", content, entry + 28)
+            (flags,) = struct.unpack_from("<Q", content, entry + 40)
             letter = "a" if flags & ONE_ARCHITECTURE else ""
             targets.add(f"{architecture}{letter}-{'virtual' if kind == 1 else 'real'}")
             entry += entry_header + payload
