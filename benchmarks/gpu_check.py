@@ -87,7 +87,8 @@ def build(run: Run) -> dict:
     configure = ["-S", ".", "-B", "build/gpu-check", f"-DPython_EXECUTABLE={sys.executable}", "-DNCPVAE_CUDA=ON"]
     place = ["-DNCPVAE_INSTALL_DIR=.", f"-DCMAKE_INSTALL_PREFIX={ROOT / 'python' / 'ncpvae'}"]
     cmake = [sys.executable, "-m", "cmake"] if importlib.util.find_spec("cmake") else ["cmake"]
-    for arguments in ([*configure, *place], ["--build", "build/gpu-check", "-j"], ["--install", "build/gpu-check"]):
+    compile_all = ["--build", "build/gpu-check", "--parallel", str(os.cpu_count())]
+    for arguments in ([*configure, *place], compile_all, ["--install", "build/gpu-check"]):
         status, output = run([*cmake, *arguments])
         if status:
             break

@@ -65,7 +65,7 @@ MUTANTS = {
         "cuda/tile.h",
         r"dims = min_int\(matrix\.dims - first_dim, kDepth\)",
         "dims = min_int(matrix.dims - first_dim - 1, kDepth)",
-        "gaussian and matches",
+        "matches",
         "AssertionError: error ",
     ),
     "dropped lane in a warp's sum": Mutant(
@@ -77,8 +77,8 @@ MUTANTS = {
     ),
     "read past the end of a row": Mutant(
         "cuda/sir_resample*",
-        r"(\? columns - t \* kTile) :",
-        r"\1 + 1 :",
+        r"first \+ i < length",
+        "first + i <= length",
         "sir_resample and matches",
         "AddressSanitizer: heap-buffer-overflow",
         "address",
