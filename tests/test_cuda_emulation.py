@@ -76,7 +76,7 @@ MUTANTS = {
         "AssertionError",
     ),
     "read past the end of a row": Mutant(
-        "cuda/sir_resample*",
+        "cuda/sir_*",
         r"first \+ i < length",
         "first + i <= length",
         "sir_resample and matches",
