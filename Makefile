@@ -18,7 +18,8 @@ help:
 	@echo 'make test       run the tests'
 	@echo 'make lint       check style and types'
 	@echo 'make bench      time every op against its peers'
-	@echo 'make gpu-check  on a machine with a GPU: test, sanitize and time the CUDA kernels'
+	@echo 'make gpu-check  on a machine with a GPU: test, sanitize and time the CUDA kernels, and write one JSON file'
+	@echo '                (GPU_PYTHON=python3: with that interpreter as it is, installing nothing)'
 	@echo 'make develop    build the kernels in place, for use with PYTHONPATH=python'
 	@echo 'make clean      remove what was built'
 
@@ -36,18 +37,9 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	set -e; for file in $(sort $(wildcard benchmarks/bench_*.py)); do $(PY) $$file; done
 
-gpu-check: $(DEPENDENCIES)
-	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: no CUDA device')"
-	$(MAKE) $(INSTALLED)
-	@$(PY) -m ncpvae.info
-	@$(PY) -c "import sys; from ncpvae.ops import _library as l; sys.exit(l.NATIVE_UNAVAILABLE.get('CUDA'))"
-	$(PY) -m pytest tests/ops -m cuda
-	set -e; if command -v compute-sanitizer >/dev/null; then \
-	  for tool in memcheck racecheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest tests/ops -m cuda -q; \
-	  done; \
-	else echo 'gpu-check: compute-sanitizer is not here, memcheck and racecheck are left out'; fi
-	$(MAKE) bench
+# With GPU_PYTHON=<interpreter>, one that has torch, pytest and the package's dependencies already: nothing is installed.
+gpu-check: $(if $(GPU_PYTHON),,$(INSTALLED))
+	$(if $(GPU_PYTHON),$(GPU_PYTHON) benchmarks/gpu_check.py,$(PY) benchmarks/gpu_check.py --installed)
 
 develop: $(DEPENDENCIES)
 	$(PY) -m cmake -G Ninja -S . -B build/develop -DPython_EXECUTABLE=$(abspath $(PY)) -DNCPVAE_INSTALL_DIR=. \

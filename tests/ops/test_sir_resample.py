@@ -1,6 +1,7 @@
 """sir_resample, sir_update, sir_merge: exact draws, the same on every kernel and for every chunking."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -68,12 +69,14 @@ def test_native_and_reference_draw_the_same(device, make_seed):
 
 # --- statistics ---------------------------------------------------------------------------------------------
 
-ROWS, COLUMNS, DRAWS = 256, 2500, 4096  # three tiles, the last one ragged; 1,048,576 draws
+# Three tiles, the last one ragged; 1,048,576 draws, or the part that is asked for where kernels are slow, as emulated.
+PART = int(os.environ.get("NCPVAE_TEST_DRAWS_PART", "1"))
+ROWS, COLUMNS, DRAWS = 256 // PART, 2500, 4096
 
 
 @pytest.fixture(scope="module")
 def many(device):
-    """The same 2,500 weights in 256 rows (one row expanded), 4,096 draws each."""
+    """The same 2,500 weights in every row (one row expanded), 4,096 draws each."""
     w = torch.randn(COLUMNS, generator=torch.Generator().manual_seed(1))
     w = w.clamp(-2.5, 2.5)
     index = ops.sir_resample(w.to(device).expand(ROWS, -1), torch.tensor([11, 22], device=device), DRAWS)[0].cpu()
@@ -98,7 +101,7 @@ def independence_z(a, b, bins=16):
 
 def test_a_million_draws_follow_the_softmax(many):
     index, p = many
-    assert index.numel() >= 1_000_000
+    assert index.numel() >= 1_000_000 // PART
     assert 1e-4 < p_value(index, p) < 1 - 1e-4
     tiles = p.split(TILE)
     assert 1e-4 < p_value(index // TILE, torch.stack([t.sum() for t in tiles])) < 1 - 1e-4
@@ -111,7 +114,7 @@ def test_the_same_test_rejects_a_wrong_sampler(many, wrong):
     index, p = many
     index, rng = index.clone(), torch.Generator().manual_seed(2)
     if wrong == "weights 2 % off":
-        biased = p * (1 + 0.02 * torch.randn(COLUMNS, generator=rng, dtype=torch.float64))
+        biased = p * (1 + 0.02 * PART * torch.randn(COLUMNS, generator=rng, dtype=torch.float64))
         index = torch.multinomial(biased, index.numel(), replacement=True, generator=rng)
     elif wrong == "one place late in a tile":
         inside = (index >= TILE) & (index < 2 * TILE)
