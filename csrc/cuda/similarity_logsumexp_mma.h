@@ -104,9 +104,10 @@ __device__ __forceinline__ void add_any(const Scores& score, const Lane& lane, P
 // From dot products to scores, −∞ where there are none, and on to the logsumexps.
 template <typename T>
 __device__ __forceinline__ void add_scores(Scores& score, float scale, const Source<T>& z, const Source<T>& x,
-                                           const Lane& lane, int64_t row, int64_t column, Partial<float>* rows,
+                                           const Lane& lane, int row_tile, int column_tile, Partial<float>* rows,
                                            Partial<float>* columns) {
-  const bool whole = row + kBlock <= z.rows && column + kBlock <= x.rows;
+  const int height = size_of_tile(z, row_tile), width = size_of_tile(x, column_tile);
+  const bool whole = height == kBlock && width == kBlock;
   bool plain = true;
 #pragma unroll
   for (int m = 0; m < kProducts; ++m) {
@@ -117,7 +118,7 @@ __device__ __forceinline__ void add_scores(Scores& score, float scale, const Sou
         float& value = score[m][n][i];
         value = instruction::multiply_and_round(scale, value);
         plain = plain && fabsf(value) <= kPlainRange;
-        if (!whole && !exists(z, x, row + lane.row(m, i), column + lane.column(n, i))) value = -INFINITY;
+        if (!whole && (lane.row(m, i) >= height || lane.column(n, i) >= width)) value = -INFINITY;
       }
     }
   }
@@ -141,9 +142,12 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 
   for (int64_t block = blockIdx.x; block < groups.row_groups * groups.column_groups; block += gridDim.x) {
     const int64_t row_group = block / groups.column_groups, column_group = block % groups.column_groups;
-    const int64_t first_row = row_group * groups.tiles * kBlock, first_column = column_group * groups.tiles * kBlock;
-    const int row_tiles = min_int(groups.row_tiles - row_group * groups.tiles, static_cast<int>(groups.tiles));
-    const int column_tiles = min_int(groups.column_tiles - column_group * groups.tiles, static_cast<int>(groups.tiles));
+    // Tiles are counted in 32 bits: memory for 2^31 of them does not exist, and registers are short.
+    const int tiles = static_cast<int>(groups.tiles);
+    const int first_row_tile = static_cast<int>(row_group) * tiles;
+    const int first_column_tile = static_cast<int>(column_group) * tiles;
+    const int row_tiles = min_int(groups.row_tiles - first_row_tile, tiles);
+    const int column_tiles = min_int(groups.column_tiles - first_column_tile, tiles);
     for (int w = 0; w < kWarpRows; ++w) {
       for (int c = thread; c < column_tiles * kBlock; c += kBlockThreads) memory.columns[w][c] = kNothing;
     }
@@ -151,32 +155,29 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       if (thread < kBlock) memory.rows[w][thread] = kNothing;
     }
 
-    // The stage that is on its way; it runs ahead over the ends of tiles.
-    int64_t next_dim = 0;
-    int next_row = 0, next_column = 0, buffer = 0;
-    copy_stage(memory.stages[0], z, x, first_row, first_column, 0);
+    int buffer = 0;
+    copy_stage(memory.stages[0], z, x, first_row_tile, first_column_tile, 0);
     for (int r = 0; r < row_tiles; ++r) {
-      const int64_t row = first_row + r * kBlock;
+      const int row_tile = first_row_tile + r;
       for (int c = 0; c < column_tiles; ++c) {
-        const int64_t column = first_column + c * kBlock;
+        const int column_tile = first_column_tile + c;
         Scores score;
         clear(score);
         for (int64_t dim = 0; dim < z.dims; dim += kStageDims<T>, buffer ^= 1) {
           instruction::wait_for_copies();
           __syncthreads();  // the stage has landed for all, and nobody reads the other one any more
-          next_dim += kStageDims<T>;
-          if (next_dim >= z.dims) {
-            next_dim = 0;
-            if (++next_column == column_tiles) next_column = 0, ++next_row;
-          }
-          if (next_row < row_tiles) {
-            copy_stage(memory.stages[buffer ^ 1], z, x, first_row + next_row * kBlock,
-                       first_column + next_column * kBlock, next_dim);
+          const bool same_tile = dim + kStageDims<T> < z.dims, same_row = same_tile || c + 1 < column_tiles;
+          if (same_row || r + 1 < row_tiles) {
+            copy_stage(memory.stages[buffer ^ 1], z, x, same_row ? row_tile : row_tile + 1,
+                       same_tile  ? column_tile
+                       : same_row ? column_tile + 1
+                                  : first_column_tile,
+                       same_tile ? dim + kStageDims<T> : 0);
           }
           multiply_scores<T, false>(score, memory.stages[buffer], lane);
         }
-        mend(score, z, x, lane, row, column);
-        add_scores(score, *scale, z, x, lane, row, column, memory.rows[lane.warp_column],
+        mend(score, z, x, lane, row_tile, column_tile);
+        add_scores(score, *scale, z, x, lane, row_tile, column_tile, memory.rows[lane.warp_column],
                    memory.columns[lane.warp_row] + c * kBlock);
       }
       __syncthreads();
@@ -186,17 +187,15 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
           merge(state, memory.rows[w][thread]);
           memory.rows[w][thread] = kNothing;
         }
-        if (row + thread < z.rows) {
-          row_partials[(row + thread) * groups.column_groups + column_group] = {state.max, state.sum};
-        }
+        const int64_t at = int64_t{row_tile} * kBlock + thread;
+        if (at < z.rows) row_partials[at * groups.column_groups + column_group] = {state.max, state.sum};
       }
     }
     for (int c = thread; c < column_tiles * kBlock; c += kBlockThreads) {
       RunningLogSumExp<float> state;
       for (int w = 0; w < kWarpRows; ++w) merge(state, memory.columns[w][c]);
-      if (first_column + c < x.rows) {
-        column_partials[(first_column + c) * groups.row_groups + row_group] = {state.max, state.sum};
-      }
+      const int64_t at = int64_t{first_column_tile} * kBlock + c;
+      if (at < x.rows) column_partials[at * groups.row_groups + row_group] = {state.max, state.sum};
     }
     __syncthreads();  // before the next share begins all this anew
   }
@@ -268,11 +267,6 @@ __device__ __forceinline__ void multiply_gradient(Scores& sum, const BackwardMem
       [&](Operand<T, 2>(&b)[kProducts], int step) { load_vectors(b, stage, lane, step); });
 }
 
-// The logsumexps and their gradients of this lane's rows and columns; `factor` is what exp(score − origin) takes.
-struct Weights {
-  float lse[kEights], factor[kEights];
-};
-
 // Two gradients of scores side by side.
 template <typename T>
 __device__ __forceinline__ void place(uint32_t* gradient, int row, int column, float first, float second) {
@@ -286,73 +280,89 @@ __device__ __forceinline__ void place(uint32_t* gradient, int row, int column, f
   }
 }
 
+// The gradient of a row's or column's logsumexp, and that logsumexp: as they are, or, where all of a warp's scores share
+// `origin`, with the gradient taken relative to it.
+struct Weight {
+  float grad, lse;
+};
+template <bool shared>
+__device__ __forceinline__ Weight weight(float grad, float lse, float origin) {
+  return shared ? Weight{grad * fast_exp(origin - lse), origin} : Weight{grad, lse};
+}
+
 // Turns dot products into the gradients of the scores, in shared memory; Σ gradient · dot of this thread's.
-template <typename T>
+template <bool shared, typename T>
 __device__ __forceinline__ float place_gradient(BackwardMemory<T>& memory, const Scores& dot, float scale, float boost,
-                                                const Lane& lane, int height, int width) {
-  Weights rows, columns;
-  float origin = -INFINITY;
+                                                const Lane& lane, int height, int width, float origin) {
+  const bool whole = height == kBlock && width == kBlock;
+  Weight columns[kEights];
 #pragma unroll
   for (int j = 0; j < kEights; ++j) {
-    const int r = lane.row(j / 2, j % 2 * 2), c = lane.column(j / 2, j % 2);
-    rows.lse[j] = memory.own_lse[r], rows.factor[j] = memory.own_grad[r];
-    columns.lse[j] = memory.other_lse[c], columns.factor[j] = memory.other_grad[c];
-    origin = fmaxf(origin, fmaxf(rows.lse[j], columns.lse[j]));
+    const int c = lane.column(j / 2, j % 2);
+    columns[j] = weight<shared>(memory.other_grad[c], memory.other_lse[c], origin);
   }
-  origin = warp_max(origin);
-  bool close = true;
-#pragma unroll
-  for (int j = 0; j < kEights; ++j) {
-    close = close && origin - rows.lse[j] <= kSharedRange && origin - columns.lse[j] <= kSharedRange;
-  }
-  const bool shared = ballot(!close) == 0;
-  if (shared) {
-#pragma unroll
-    for (int j = 0; j < kEights; ++j) {
-      rows.factor[j] *= fast_exp(origin - rows.lse[j]);
-      columns.factor[j] *= fast_exp(origin - columns.lse[j]);
-    }
-  }
-  const bool whole = height >= kBlock && width >= kBlock;
   float sum = 0;
 #pragma unroll
-  for (int m = 0; m < kProducts; ++m) {
+  for (int j = 0; j < kEights; ++j) {
+    const int m = j / 2, first = j % 2 * 2, r = lane.row(m, first);
+    const Weight row = weight<shared>(memory.own_grad[r], memory.own_lse[r], origin);
 #pragma unroll
     for (int n = 0; n < kProducts; ++n) {
-      float gradient[4];
+      float gradient[2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int a = 2 * m + i / 2, b = 2 * n + i % 2;
-        const float score = instruction::multiply_and_round(scale, dot[m][n][i]);
-        gradient[i] = shared ? fast_exp(score - origin) * (rows.factor[a] + columns.factor[b])
-                             : rows.factor[a] * fast_exp(score - rows.lse[a]) +
-                                   columns.factor[b] * fast_exp(score - columns.lse[b]);
-        const bool here = whole || (lane.row(m, i) < height && lane.column(n, i) < width);
-        if (!here) gradient[i] = 0;
-        if (here) sum = fmaf(gradient[i], dot[m][n][i], sum);
+      for (int i = 0; i < 2; ++i) {
+        const Weight& column = columns[2 * n + i];
+        const float product = dot[m][n][first + i], score = instruction::multiply_and_round(scale, product);
+        gradient[i] = shared ? fast_exp(score - origin) * (row.grad + column.grad)
+                             : row.grad * fast_exp(score - row.lse) + column.grad * fast_exp(score - column.lse);
+        const bool here = whole || (r < height && lane.column(n, i) < width);
+        sum = here ? fmaf(gradient[i], product, sum) : sum;
+        gradient[i] = here ? gradient[i] : 0;
         if constexpr (kBoosted<T>) gradient[i] *= boost;
       }
-      place<T>(memory.gradient, lane.row(m, 0), lane.column(n, 0), gradient[0], gradient[1]);
-      place<T>(memory.gradient, lane.row(m, 2), lane.column(n, 0), gradient[2], gradient[3]);
+      place<T>(memory.gradient, r, lane.column(n, 0), gradient[0], gradient[1]);
     }
   }
   return sum;
 }
 
-// Adds factor · sum to a split's own part [rows, dims] of an output, or begins it; only this thread touches these
-// elements.
-__device__ __forceinline__ void accumulate(float* part, int64_t rows, int64_t dims, int64_t row, int64_t dim,
-                                           const Lane& lane, const Scores& sum, float factor, bool begin) {
+template <typename T>
+__device__ __forceinline__ float place_gradient(BackwardMemory<T>& memory, const Scores& dot, float scale, float boost,
+                                                const Lane& lane, int height, int width) {
+  float greatest = -INFINITY, least = INFINITY;
+  bool numbers = true;
+  const auto look_at = [&](float lse) {
+    greatest = fmaxf(greatest, lse), least = fminf(least, lse);
+    numbers = numbers && !std::isnan(lse);
+  };
 #pragma unroll
-  for (int m = 0; m < kProducts; ++m) {
+  for (int j = 0; j < kEights; ++j) {
+    look_at(memory.own_lse[lane.row(j / 2, j % 2 * 2)]);
+    look_at(memory.other_lse[lane.column(j / 2, j % 2)]);
+  }
+  greatest = warp_max(greatest);
+  const bool shared = numbers && greatest - least <= kSharedRange;  // not where both are infinite
+  return ballot(!shared) == 0
+             ? place_gradient<true>(memory, dot, scale, boost, lane, height, width, greatest)
+             : place_gradient<false>(memory, dot, scale, boost, lane, height, width, 0.0f);
+}
+
+// f(value of `sum`, its element of a split's part of the output, which begins at the tile's first row and `dim`): a
+// thread's elements are only ever its own.
+template <typename F>
+__device__ __forceinline__ void for_each_element(Scores& sum, float* part, int64_t dims, int64_t dim, int height,
+                                                 const Lane& lane, F f) {
+  const int width = min_int(dims - dim, kBlock);
+#pragma unroll
+  for (int j = 0; j < kEights; ++j) {
+    const int m = j / 2, first = j % 2 * 2, r = lane.row(m, first);
+    float* const row = part + r * dims + dim;
 #pragma unroll
     for (int n = 0; n < kProducts; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t r = row + lane.row(m, i), d = dim + lane.column(n, i);
-        if (r >= rows || d >= dims) continue;
-        float& element = part[r * dims + d];
-        element = begin ? factor * sum[m][n][i] : fmaf(factor, sum[m][n][i], element);
+      for (int i = 0; i < 2; ++i) {
+        const int d = lane.column(n, i);
+        if (r < height && d < width) f(sum[m][n][first + i], row[d]);
       }
     }
   }
@@ -361,8 +371,8 @@ __device__ __forceinline__ void accumulate(float* part, int64_t rows, int64_t di
 // What a block copies, in order: for each tile the stages of its scores, then, for every kBlock dimensions, those of the
 // columns' vectors.
 struct Position {
-  int64_t tile, dim = 0;
-  int column = -1;  // of the tile, for vectors
+  int tile, column = -1;  // of the tile, for vectors
+  int64_t dim = 0;
 
   template <typename T>
   __device__ __forceinline__ void advance(int64_t dims) {
@@ -387,25 +397,25 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   auto& memory = *static_cast<BackwardMemory<T>*>(instruction::dynamic_shared_memory());
   const Lane lane;
   const int thread = threadIdx.x;
-  const int64_t rows = own.vectors.rows, columns = other.vectors.rows, dims = own.vectors.dims;
+  const int64_t dims = own.vectors.dims;
   const float power = kBoosted<T> ? *boost : 1.0f;
 
   for (int64_t block = blockIdx.x; block < shares.blocks(); block += gridDim.x) {
-    const int64_t row = block / shares.splits * kBlock, end_tile = shares.end_tile(block);
-    const int height = min_int(rows - row, kBlock);
-    float* const part = parts + block % shares.splits * rows * dims;
+    const int row_tile = static_cast<int>(block / shares.splits), height = size_of_tile(own.vectors, row_tile);
+    const int first_tile = static_cast<int>(shares.first_tile(block)), end_tile = static_cast<int>(shares.end_tile(block));
+    float* const part = parts + (block % shares.splits * own.vectors.rows + int64_t{row_tile} * kBlock) * dims;
     double scale_sum = 0;
     Scores sum;
 
-    Position next{shares.first_tile(block)};
+    Position next{first_tile};
     int buffer = 1;
     const auto copy_next = [&](int to) {
       if (next.tile >= end_tile) return;
       if (next.column < 0) {
-        copy_stage(memory.stages[to], own.vectors, other.vectors, row, next.tile * kBlock, next.dim);
+        copy_stage(memory.stages[to], own.vectors, other.vectors, row_tile, next.tile, next.dim);
       } else {
         copy_block<kStageDims<T>, kBlock / kPerWord<T>, kVectorPitch<T>>(
-            memory.stages[to], other.vectors, next.tile * kBlock + next.column, next.dim);
+            memory.stages[to], other.vectors, int64_t{next.tile} * kBlock + next.column, next.dim);
       }
       next.template advance<T>(dims);
     };
@@ -419,31 +429,38 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     copy_next(0);
     // Rows and columns that do not exist take the logsumexp of the last one, so that they do not widen the range.
     if (thread < kBlock) {
-      const int64_t at = row + (thread < height ? thread : height - 1);
+      const int64_t at = int64_t{row_tile} * kBlock + (thread < height ? thread : height - 1);
       memory.own_grad[thread] = own.grad[at], memory.own_lse[thread] = own.lse[at];
     }
 
-    for (int64_t tile = shares.first_tile(block); tile < end_tile; ++tile) {
-      const int64_t column = tile * kBlock;
-      const int width = min_int(columns - column, kBlock);
+    for (int tile = first_tile; tile < end_tile; ++tile) {
+      const int width = size_of_tile(other.vectors, tile);
       if (thread < kBlock) {
-        const int64_t at = column + (thread < width ? thread : width - 1);
+        const int64_t at = int64_t{tile} * kBlock + (thread < width ? thread : width - 1);
         memory.other_grad[thread] = other.grad[at], memory.other_lse[thread] = other.lse[at];
       }
       Scores dot;
       clear(dot);
       for (int64_t dim = 0; dim < dims; dim += kStageDims<T>) multiply_scores<T, exchanged>(dot, stage(), lane);
-      mend(dot, own.vectors, other.vectors, lane, row, column);
+      mend(dot, own.vectors, other.vectors, lane, row_tile, tile);
       scale_sum += place_gradient(memory, dot, *scale, power, lane, height, width);
 
-      // Up to kBlock dimensions stay in registers over all tiles; more than that are added up in memory.
-      const bool stays = dims <= kBlock, first = tile == shares.first_tile(block), last = tile + 1 == end_tile;
+      // The sums of up to kBlock dimensions stay in registers over all tiles; more than that wait in memory. So do those
+      // of float32, whose operands need the registers.
+      const bool stays = sizeof(T) == 2 && dims <= kBlock, begin = tile == first_tile, end = tile + 1 == end_tile;
       for (int64_t dim = 0; dim < dims; dim += kBlock) {
-        if (first || !stays) clear(sum);
+        if (begin || !stays) clear(sum);
+        if (!begin && !stays) {
+          for_each_element(sum, part, dims, dim, height, lane, [](float& value, float element) { value = element; });
+        }
         for (int c = 0; c < kBlock; c += kStageDims<T>) {
           multiply_gradient(sum, memory, stage(), lane, c, min_int(dims - dim, kBlock));
         }
-        if (last || !stays) accumulate(part, rows, dims, row, dim, lane, sum, *scale / power, first || stays);
+        if (end || !stays) {
+          const float factor = end ? *scale / power : 1.0f;
+          for_each_element(sum, part, dims, dim, height, lane,
+                           [=](float value, float& element) { element = factor * value; });
+        }
       }
     }
     scale_sum = warp_sum(scale_sum);

@@ -5,12 +5,13 @@
 // bits): while one such stage is multiplied, the next is on its way. Rows lie 20 words apart, which spreads the eight
 // rows of an ldmatrix over all banks.
 //
-// float32 values are split into two TF32 values ("3xTF32", see mma.h), and each product of 8 dimensions is added to its
-// sum outside the tensor core, so that a score has float32's error and not TF32's.
+// float32 values are split into two TF32 values ("3xTF32", see mma.h), and the products of 8 dimensions (16 of 16-bit
+// values) are added to their sum outside the tensor core, so that a score has float32's error and not TF32's.
 #pragma once
 
 #include "launch.h"
 #include "mma.h"
+#include "tile.h"
 
 namespace ncpvae::cuda {
 
@@ -27,11 +28,6 @@ template <typename T>
 constexpr int kPerWord = 4 / sizeof(T);
 template <typename T>
 constexpr int kStageDims = kStageWords * kPerWord<T>;
-// Steps whose products are added up in the tensor core: up to 32 dimensions of 16-bit values, which are coarser than
-// what its truncation loses.
-template <typename T>
-constexpr int kChain = sizeof(T) == 2 ? kSteps : 1;
-
 // A contiguous [rows, dims], which can be copied in pieces of `bytes`.
 template <typename T>
 struct Source {
@@ -78,7 +74,7 @@ __device__ __forceinline__ void clear(Scores& scores) {
 template <int rows, int words, int pitch, int piece, typename T>
 __device__ __forceinline__ void copy_pieces(uint32_t* to, const Source<T>& from, int64_t first_row, int64_t first_dim) {
   constexpr int kPieces = words / piece;
-#pragma unroll 2
+#pragma unroll 1
   for (int p = threadIdx.x; p < rows * kPieces; p += kBlockThreads) {
     const int r = p / kPieces, w = p % kPieces * piece;
     const int64_t row = first_row + r, dim = first_dim + w * kPerWord<T>;
@@ -93,7 +89,7 @@ template <int rows, int words, int pitch, typename T>
 __device__ __forceinline__ void gather_words(uint32_t* to, const Source<T>& from, int64_t first_row,
                                              int64_t first_dim) {
   const auto* const values = reinterpret_cast<const uint16_t*>(from.data);
-#pragma unroll 2
+#pragma unroll 1
   for (int p = threadIdx.x; p < rows * words; p += kBlockThreads) {
     const int r = p / words, w = p % words;
     const int64_t row = first_row + r, dim = first_dim + 2 * w;
@@ -117,10 +113,10 @@ __device__ __forceinline__ void copy_block(uint32_t* to, const Source<T>& from, 
 
 // One stage of both operands.
 template <typename T>
-__device__ __forceinline__ void copy_stage(uint32_t* stage, const Source<T>& own, const Source<T>& other, int64_t row,
-                                           int64_t column, int64_t dim) {
-  copy_block<kBlock, kStageWords, kStagePitch>(stage, own, row, dim);
-  copy_block<kBlock, kStageWords, kStagePitch>(stage + kOperandWords, other, column, dim);
+__device__ __forceinline__ void copy_stage(uint32_t* stage, const Source<T>& own, const Source<T>& other, int row_tile,
+                                           int column_tile, int64_t dim) {
+  copy_block<kBlock, kStageWords, kStagePitch>(stage, own, int64_t{row_tile} * kBlock, dim);
+  copy_block<kBlock, kStageWords, kStagePitch>(stage + kOperandWords, other, int64_t{column_tile} * kBlock, dim);
 }
 
 // ---- from shared memory to tensor cores ----------------------------------------------------------------------
@@ -149,25 +145,23 @@ __device__ __forceinline__ void load_columns(Operand<T, 2> (&b)[kProducts], cons
   }
 }
 
-// sum += A·B over a stage, for the first `products` columns of products.
+// sum += A·B over a stage, for the first `products` columns of products. The products of a step are added up in the
+// tensor core and reach the sum by an addition outside it. One step at a time: with more, registers do not suffice.
 template <typename T, bool exchanged, typename LoadA, typename LoadB>
 __device__ __forceinline__ void multiply_stage(Scores& sum, int products, LoadA load_a, LoadB load_b) {
-#pragma unroll
-  for (int first = 0; first < kSteps; first += kChain<T>) {
-    Operand<T, 2> b[kChain<T>][kProducts];
-#pragma unroll
-    for (int k = 0; k < kChain<T>; ++k) load_b(b[k], first + k);
+#pragma unroll 1
+  for (int step = 0; step < kSteps; ++step) {
+    Operand<T, 2> b[kProducts];
+    load_b(b, step);
 #pragma unroll
     for (int m = 0; m < kProducts; ++m) {
-      Operand<T, 4> a[kChain<T>];
-#pragma unroll
-      for (int k = 0; k < kChain<T>; ++k) load_a(a[k], m, first + k);
+      Operand<T, 4> a;
+      load_a(a, m, step);
 #pragma unroll
       for (int n = 0; n < kProducts; ++n) {
         if (n >= products) continue;
         float part[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int k = 0; k < kChain<T>; ++k) multiply_add<exchanged>(part, a[k], b[k][n]);
+        multiply_add<exchanged>(part, a, b[n]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[m][n][i] += part[i];
       }
@@ -186,14 +180,14 @@ __device__ __forceinline__ void multiply_scores(Scores& dot, const uint32_t* sta
 // ---- scores --------------------------------------------------------------------------------------------------
 
 template <typename T>
-__device__ __forceinline__ bool exists(const Source<T>& own, const Source<T>& other, int64_t row, int64_t column) {
-  return row < own.rows && column < other.rows;
+__device__ __forceinline__ int size_of_tile(const Source<T>& side, int tile) {
+  return min_int(side.rows - int64_t{tile} * kBlock, kBlock);
 }
 
 // An infinite value, or one that rounds to infinity, has no split into two, so that its products become NaN. All dot
 // products that are not finite are therefore formed again, without tensor cores. This is slow, and rare.
 inline __device__ void mend(Scores& dot, const Source<float>& own, const Source<float>& other, const Lane& lane,
-                            int64_t row, int64_t column) {
+                            int row_tile, int column_tile) {
   uint64_t broken = 0;
 #pragma unroll
   for (int i = 0; i < kProducts * kProducts * 4; ++i) {
@@ -204,8 +198,9 @@ inline __device__ void mend(Scores& dot, const Source<float>& own, const Source<
 #pragma unroll 1
   for (int which = 0; which < kProducts * kProducts * 4; ++which) {
     if (!(broken >> which & 1)) continue;
-    const int64_t r = row + lane.row(which / 16, which % 4), c = column + lane.column(which / 4 % 4, which % 4);
-    if (!exists(own, other, r, c)) continue;
+    const int64_t r = int64_t{row_tile} * kBlock + lane.row(which / 16, which % 4);
+    const int64_t c = int64_t{column_tile} * kBlock + lane.column(which / 4 % 4, which % 4);
+    if (r >= own.rows || c >= other.rows) continue;
     float sum = 0;
 #pragma unroll 1
     for (int64_t d = 0; d < own.dims; ++d) {
@@ -218,7 +213,7 @@ inline __device__ void mend(Scores& dot, const Source<float>& own, const Source<
   }
 }
 template <typename T>
-__device__ __forceinline__ void mend(Scores&, const Source<T>&, const Source<T>&, const Lane&, int64_t, int64_t) {}
+__device__ __forceinline__ void mend(Scores&, const Source<T>&, const Source<T>&, const Lane&, int, int) {}
 
 // exp(x): the error relative to the result is about that of rounding x to float32.
 __device__ __forceinline__ float fast_exp(float x) { return instruction::exp2_approximately(x * 1.44269504f); }
