@@ -137,15 +137,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 {
   auto& memory = *static_cast<ForwardMemory*>(instruction::dynamic_shared_memory());
   const Lane lane;
-  const int thread = threadIdx.x;
+  const int thread = threadIdx.x, stages = count_stages(z);
   constexpr Partial<float> kNothing{-INFINITY, 0};
 
   for (int64_t block = blockIdx.x; block < groups.row_groups * groups.column_groups; block += gridDim.x) {
-    const int64_t row_group = block / groups.column_groups, column_group = block % groups.column_groups;
-    // Tiles are counted in 32 bits: memory for 2^31 of them does not exist, and registers are short.
+    // Tiles and stages are counted in 32 bits: memory for 2^31 of them does not exist, and registers are short.
     const int tiles = static_cast<int>(groups.tiles);
-    const int first_row_tile = static_cast<int>(row_group) * tiles;
-    const int first_column_tile = static_cast<int>(column_group) * tiles;
+    const int row_group = static_cast<int>(block / groups.column_groups), first_row_tile = row_group * tiles;
+    const int column_group = static_cast<int>(block % groups.column_groups), first_column_tile = column_group * tiles;
     const int row_tiles = min_int(groups.row_tiles - first_row_tile, tiles);
     const int column_tiles = min_int(groups.column_tiles - first_column_tile, tiles);
     for (int w = 0; w < kWarpRows; ++w) {
@@ -163,16 +162,16 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         const int column_tile = first_column_tile + c;
         Scores score;
         clear(score);
-        for (int64_t dim = 0; dim < z.dims; dim += kStageDims<T>, buffer ^= 1) {
+        for (int s = 0; s < stages; ++s, buffer ^= 1) {
           instruction::wait_for_copies();
           __syncthreads();  // the stage has landed for all, and nobody reads the other one any more
-          const bool same_tile = dim + kStageDims<T> < z.dims, same_row = same_tile || c + 1 < column_tiles;
+          const bool same_tile = s + 1 < stages, same_row = same_tile || c + 1 < column_tiles;
           if (same_row || r + 1 < row_tiles) {
             copy_stage(memory.stages[buffer ^ 1], z, x, same_row ? row_tile : row_tile + 1,
                        same_tile  ? column_tile
                        : same_row ? column_tile + 1
                                   : first_column_tile,
-                       same_tile ? dim + kStageDims<T> : 0);
+                       same_tile ? s + 1 : 0);
           }
           multiply_scores<T, false>(score, memory.stages[buffer], lane);
         }
@@ -228,7 +227,7 @@ struct BackwardMemory {
   alignas(16) uint32_t stages[2][2 * kOperandWords];
   alignas(16) uint32_t gradient[kBlock * kGradientPitch<T>];  // [row][column]
   float own_grad[kBlock], own_lse[kBlock], other_grad[kBlock], other_lse[kBlock];
-  double warp_sums[kBlockWarps];
+  double scale_sums[kBlockThreads], warp_sums[kBlockWarps];
 };
 
 // B's words of step `step`, where B's rows lie in memory as such.
@@ -292,9 +291,10 @@ __device__ __forceinline__ Weight weight(float grad, float lse, float origin) {
 
 // Turns dot products into the gradients of the scores, in shared memory; Σ gradient · dot of this thread's.
 template <bool shared, typename T>
-__device__ __forceinline__ float place_gradient(BackwardMemory<T>& memory, const Scores& dot, float scale, float boost,
+__device__ __forceinline__ float place_gradient(BackwardMemory<T>& memory, const Scores& dot, float scale, const float* boost,
                                                 const Lane& lane, int height, int width, float origin) {
   const bool whole = height == kBlock && width == kBlock;
+  const float power = kBoosted<T> ? *boost : 1.0f;
   Weight columns[kEights];
 #pragma unroll
   for (int j = 0; j < kEights; ++j) {
@@ -318,7 +318,7 @@ __device__ __forceinline__ float place_gradient(BackwardMemory<T>& memory, const
         const bool here = whole || (r < height && lane.column(n, i) < width);
         sum = here ? fmaf(gradient[i], product, sum) : sum;
         gradient[i] = here ? gradient[i] : 0;
-        if constexpr (kBoosted<T>) gradient[i] *= boost;
+        if constexpr (kBoosted<T>) gradient[i] *= power;
       }
       place<T>(memory.gradient, r, lane.column(n, 0), gradient[0], gradient[1]);
     }
@@ -327,7 +327,7 @@ __device__ __forceinline__ float place_gradient(BackwardMemory<T>& memory, const
 }
 
 template <typename T>
-__device__ __forceinline__ float place_gradient(BackwardMemory<T>& memory, const Scores& dot, float scale, float boost,
+__device__ __forceinline__ float place_gradient(BackwardMemory<T>& memory, const Scores& dot, float scale, const float* boost,
                                                 const Lane& lane, int height, int width) {
   float greatest = -INFINITY, least = INFINITY;
   bool numbers = true;
@@ -372,19 +372,18 @@ __device__ __forceinline__ void for_each_element(Scores& sum, float* part, int64
 // columns' vectors.
 struct Position {
   int tile, column = -1;  // of the tile, for vectors
-  int64_t dim = 0;
+  int step = 0;           // stage of the scores, or kBlock dimensions of the vectors
 
   template <typename T>
-  __device__ __forceinline__ void advance(int64_t dims) {
+  __device__ __forceinline__ void advance(int stages, int chunks) {
     if (column < 0) {
-      dim += kStageDims<T>;
-      if (dim >= dims) dim = 0, column = 0;
+      if (++step == stages) step = 0, column = 0;
       return;
     }
     column += kStageDims<T>;
     if (column < kBlock) return;
-    column = 0, dim += kBlock;
-    if (dim >= dims) dim = 0, column = -1, ++tile;
+    column = 0;
+    if (++step == chunks) step = 0, column = -1, ++tile;
   }
 };
 
@@ -398,26 +397,26 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const Lane lane;
   const int thread = threadIdx.x;
   const int64_t dims = own.vectors.dims;
-  const float power = kBoosted<T> ? *boost : 1.0f;
-
+  const int stages = count_stages(own.vectors), chunks = static_cast<int>((dims + kBlock - 1) / kBlock);
   for (int64_t block = blockIdx.x; block < shares.blocks(); block += gridDim.x) {
     const int row_tile = static_cast<int>(block / shares.splits), height = size_of_tile(own.vectors, row_tile);
     const int first_tile = static_cast<int>(shares.first_tile(block)), end_tile = static_cast<int>(shares.end_tile(block));
     float* const part = parts + (block % shares.splits * own.vectors.rows + int64_t{row_tile} * kBlock) * dims;
-    double scale_sum = 0;
     Scores sum;
+    memory.scale_sums[thread] = 0;  // not in a register: they are short
 
     Position next{first_tile};
     int buffer = 1;
     const auto copy_next = [&](int to) {
       if (next.tile >= end_tile) return;
       if (next.column < 0) {
-        copy_stage(memory.stages[to], own.vectors, other.vectors, row_tile, next.tile, next.dim);
+        copy_stage(memory.stages[to], own.vectors, other.vectors, row_tile, next.tile, next.step);
       } else {
         copy_block<kStageDims<T>, kBlock / kPerWord<T>, kVectorPitch<T>>(
-            memory.stages[to], other.vectors, int64_t{next.tile} * kBlock + next.column, next.dim);
+            memory.stages[to], other.vectors, int64_t{next.tile} * kBlock + next.column,
+            int64_t{next.step} * kBlock);
       }
-      next.template advance<T>(dims);
+      next.template advance<T>(stages, chunks);
     };
     const auto stage = [&] {
       instruction::wait_for_copies();
@@ -441,14 +440,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       }
       Scores dot;
       clear(dot);
-      for (int64_t dim = 0; dim < dims; dim += kStageDims<T>) multiply_scores<T, exchanged>(dot, stage(), lane);
+      for (int s = 0; s < stages; ++s) multiply_scores<T, exchanged>(dot, stage(), lane);
       mend(dot, own.vectors, other.vectors, lane, row_tile, tile);
-      scale_sum += place_gradient(memory, dot, *scale, power, lane, height, width);
+      memory.scale_sums[thread] += place_gradient(memory, dot, *scale, boost, lane, height, width);
 
       // The sums of up to kBlock dimensions stay in registers over all tiles; more than that wait in memory. So do those
       // of float32, whose operands need the registers.
       const bool stays = sizeof(T) == 2 && dims <= kBlock, begin = tile == first_tile, end = tile + 1 == end_tile;
-      for (int64_t dim = 0; dim < dims; dim += kBlock) {
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t dim = int64_t{chunk} * kBlock;
         if (begin || !stays) clear(sum);
         if (!begin && !stays) {
           for_each_element(sum, part, dims, dim, height, lane, [](float& value, float element) { value = element; });
@@ -457,13 +457,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           multiply_gradient(sum, memory, stage(), lane, c, min_int(dims - dim, kBlock));
         }
         if (end || !stays) {
-          const float factor = end ? *scale / power : 1.0f;
+          const float factor = !end ? 1.0f : kBoosted<T> ? *scale / *boost : *scale;
           for_each_element(sum, part, dims, dim, height, lane,
                            [=](float value, float& element) { element = factor * value; });
         }
       }
     }
-    scale_sum = warp_sum(scale_sum);
+    double scale_sum = warp_sum(memory.scale_sums[thread]);
     if (lane.lane == 0) memory.warp_sums[thread / kWarp] = scale_sum;
     __syncthreads();  // also before the next share begins all this anew
     if (thread == 0 && scale_parts != nullptr) {

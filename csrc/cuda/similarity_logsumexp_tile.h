@@ -111,10 +111,16 @@ __device__ __forceinline__ void copy_block(uint32_t* to, const Source<T>& from, 
   }
 }
 
+template <typename T>
+__device__ __forceinline__ int count_stages(const Source<T>& side) {
+  return static_cast<int>((side.dims + kStageDims<T> - 1) / kStageDims<T>);
+}
+
 // One stage of both operands.
 template <typename T>
 __device__ __forceinline__ void copy_stage(uint32_t* stage, const Source<T>& own, const Source<T>& other, int row_tile,
-                                           int column_tile, int64_t dim) {
+                                           int column_tile, int number) {
+  const int64_t dim = int64_t{number} * kStageDims<T>;
   copy_block<kBlock, kStageWords, kStagePitch>(stage, own, int64_t{row_tile} * kBlock, dim);
   copy_block<kBlock, kStageWords, kStagePitch>(stage + kOperandWords, other, int64_t{column_tile} * kBlock, dim);
 }
