@@ -1,14 +1,15 @@
 // Row and column logsumexp of scale · z xᵀ on the GPU, the scores formed tile by tile and never stored.
 //
-// The kernels are in similarity_logsumexp_mma.h (tensor cores: float32, bfloat16, float16) and …_fma.h (float64). One
-// pass over the scores gives both directions; backward forms them again, once for either side. Where there is too
-// little work for all of the GPU, it is cut further: the parts meet in a second kernel, in a fixed order.
+// The kernels are in …_tile.h, …_forward.h and …_backward.h (tensor cores: float32, bfloat16, float16) and in …_fma.h
+// (float64). One pass over the scores gives both directions; backward forms them again, once for either side. Where
+// there is too little work for all of the GPU, it is cut further: the parts meet in a second kernel, in a fixed order.
 //
 // The reference is in python/ncpvae/ops/reference.py.
 #include <tuple>
 
+#include "similarity_logsumexp_backward.h"
 #include "similarity_logsumexp_fma.h"
-#include "similarity_logsumexp_mma.h"
+#include "similarity_logsumexp_forward.h"
 
 namespace ncpvae::cuda {
 namespace {
@@ -121,10 +122,11 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(const Tensor& g
     if constexpr (std::is_same_v<T, double>) {
       const Axis<T> sides[] = {{matrix<T>(dense_z), data<T>(gz), data<T>(lz)},
                                {matrix<T>(dense_x), data<T>(gx), data<T>(lx)}};
-      result = backward<T>(launcher, z, x, kTile<T>, [&](int side, const Shares& shares, T* parts, double* scale_parts) {
+      const auto run = [&](int side, const Shares& shares, T* parts, double* scale_parts) {
         launcher.launch(backward_side_fma<T>, shares.blocks(), kTileThreads, sides[side], sides[1 - side],
                         data<T>(wide_scale), shares, parts, scale_parts);
-      });
+      };
+      result = backward<T>(launcher, z, x, kTile<T>, run);
     } else {
       const Side<T> sides[] = {{source<T>(dense_z), data<float>(gz), data<float>(lz)},
                                {source<T>(dense_x), data<float>(gx), data<float>(lx)}};
@@ -133,13 +135,14 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(const Tensor& g
         launcher.launch(choose_boost, 1, kBlockThreads, data<float>(gz), z.size(0), data<float>(gx), x.size(0),
                         mutable_data<float>(boost));
       }
-      result = backward<float>(launcher, z, x, kBlock,
-                               [&](int side, const Shares& shares, float* parts, double* scale_parts) {
-        launcher.launch_with_memory(side == 0 ? backward_side_mma<T, false> : backward_side_mma<T, true>,
-                                    shares.blocks(), kBlockThreads, sizeof(BackwardMemory<T>), sides[side],
-                                    sides[1 - side], data<float>(wide_scale), data<float>(boost), shares, parts,
-                                    scale_parts);
-      });
+      // Only float32 tells the two orders of a product apart.
+      const auto other = backward_side_mma<T, std::is_same_v<T, float>>;
+      const auto run = [&](int side, const Shares& shares, float* parts, double* scale_parts) {
+        launcher.launch_with_memory(side == 0 ? backward_side_mma<T, false> : other, shares.blocks(), kBlockThreads,
+                                    sizeof(BackwardMemory<T>), sides[side], sides[1 - side], data<float>(wide_scale),
+                                    data<float>(boost), shares, parts, scale_parts);
+      };
+      result = backward<float>(launcher, z, x, kBlock, run);
     }
   });
   const auto& [dz, dx, dscale] = result;

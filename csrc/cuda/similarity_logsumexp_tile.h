@@ -190,36 +190,30 @@ __device__ __forceinline__ int size_of_tile(const Source<T>& side, int tile) {
   return min_int(side.rows - int64_t{tile} * kBlock, kBlock);
 }
 
-// An infinite value, or one that rounds to infinity, has no split into two, so that its products become NaN. All dot
-// products that are not finite are therefore formed again, without tensor cores. This is slow, and rare.
-inline __device__ void mend(Scores& dot, const Source<float>& own, const Source<float>& other, const Lane& lane,
-                            int row_tile, int column_tile) {
-  uint64_t broken = 0;
-#pragma unroll
-  for (int i = 0; i < kProducts * kProducts * 4; ++i) {
-    const bool finite = fabsf(dot[i / 16][i / 4 % 4][i % 4]) < INFINITY;
-    broken |= static_cast<uint64_t>(!finite) << i;
-  }
-  if (broken == 0) return;
+// A float32 value that is infinite, or rounds to infinity, has no split into two: its products become NaN. Where any
+// of a warp's dot products is not finite, all of them are formed again without tensor cores. This is slow, and rare.
+template <typename T>
+constexpr bool kMayBreak = std::is_same_v<T, float>;
+
+// f(row, column, dot) for the warp's part of a tile, by the whole warp: each lane has a column, and rows go by one by
+// one. Outside the matrices `dot` is 0.
+template <typename F>
+__device__ __forceinline__ void for_each_dot(const Source<float>& own, const Source<float>& other, const Lane& lane,
+                                             int row_tile, int column_tile, F f) {
+  const int column = lane.first_column(lane.lane / 8) + lane.lane % 8, first = lane.first_row(0);
+  const int64_t c = int64_t{column_tile} * kBlock + column;
 #pragma unroll 1
-  for (int which = 0; which < kProducts * kProducts * 4; ++which) {
-    if (!(broken >> which & 1)) continue;
-    const int64_t r = int64_t{row_tile} * kBlock + lane.row(which / 16, which % 4);
-    const int64_t c = int64_t{column_tile} * kBlock + lane.column(which / 4 % 4, which % 4);
-    if (r >= own.rows || c >= other.rows) continue;
-    float sum = 0;
+  for (int row = first; row < first + kBlock / kWarpRows; ++row) {
+    const int64_t r = int64_t{row_tile} * kBlock + row;
+    const bool exists = r < own.rows && c < other.rows;
+    float dot = 0;
 #pragma unroll 1
-    for (int64_t d = 0; d < own.dims; ++d) {
-      sum = fmaf(own.data[r * own.dims + d], other.data[c * other.dims + d], sum);
+    for (int64_t d = 0; exists && d < own.dims; ++d) {
+      dot = fmaf(own.data[r * own.dims + d], other.data[c * other.dims + d], dot);
     }
-#pragma unroll
-    for (int i = 0; i < kProducts * kProducts * 4; ++i) {
-      if (i == which) dot[i / 16][i / 4 % 4][i % 4] = sum;
-    }
+    f(row, column, dot);
   }
 }
-template <typename T>
-__device__ __forceinline__ void mend(Scores&, const Source<T>&, const Source<T>&, const Lane&, int, int) {}
 
 // exp(x): the error relative to the result is about that of rounding x to float32.
 __device__ __forceinline__ float fast_exp(float x) { return instruction::exp2_approximately(x * 1.44269504f); }
