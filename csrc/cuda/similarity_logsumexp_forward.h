@@ -144,6 +144,8 @@ __device__ __forceinline__ void add_scores(Scores& score, float scale, const Sou
   add_any(score, lane, rows, columns);
 }
 
+// Two blocks on a multiprocessor leave a thread 128 registers, which the split operands of float32 exceed by a few. It
+// has one block: its time goes into products, and little is gained by overlapping them with the exps of another.
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads, std::is_same_v<T, float> ? 1 : 2)
     both_directions_mma(Source<T> z, Source<T> x, const float* scale, Groups groups,

@@ -7,6 +7,9 @@
 //
 // float32 values are split into two TF32 values ("3xTF32", see mma.h), and the products of 8 dimensions (16 of 16-bit
 // values) are added to their sum outside the tensor core, so that a score has float32's error and not TF32's.
+// Under tests/cuda_emulation, 128 dot products of 512 dimensions against float64, in units of 2^-23 · Σ|z x|: normal
+// values, rms 0.09 and at most 0.26 (torch on the CPU 0.13 and 0.36); uniform positive values, where all that is
+// truncated adds up, 1.1 and 3.1 (0.8 and 1.8). No GPU has measured it.
 #pragma once
 
 #include "launch.h"
