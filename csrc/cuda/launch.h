@@ -35,18 +35,30 @@ class Launcher {
   // Nothing is launched for zero blocks. Kernels loop over blockIdx.x, so that any number of blocks may be asked for.
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... arguments) const {
+    launch_with_memory(kernel, blocks, threads, 0, std::forward<Arguments>(arguments)...);
+  }
+
+  // The same with `bytes` of dynamic shared memory, for which a kernel must be prepared where they pass 48 KB.
+  template <typename... Parameters, typename... Arguments>
+  void launch_with_memory(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes,
+                          Arguments&&... arguments) const {
     if (blocks <= 0) return;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX)));
     config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
     config.stream = stream_;
-    const cudaError_t status = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+    if (bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  }
+
+ private:
+  void check(cudaError_t status) const {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // it is reported here, and not to whoever asks next
     STD_TORCH_CHECK(false, op_, ": the kernel could not be launched: ", cudaGetErrorString(status));
   }
 
- private:
   const char* op_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;

@@ -1,199 +1,18 @@
 // Row and column logsumexp of scale · z xᵀ on the GPU, the scores formed tile by tile and never stored.
 //
-// Forward: a block takes up to 16×16 tiles. It keeps the running (max, sum) of a row in registers while it passes over
-// the columns, and that of every column in shared memory, so that one pass over the scores gives both directions.
-// Backward: the scores are formed again. A block owns a tile of rows, turns each tile of scores into their gradient
-// and multiplies it with the columns' vectors; the same kernel with z and x exchanged gives the other side. No
-// atomics: every sum has one order.
+// The kernels are in …_tile.h, …_forward.h and …_backward.h (tensor cores: float32, bfloat16, float16) and in …_fma.h
+// (float64). One pass over the scores gives both directions; backward forms them again, once for either side. Where
+// there is too little work for all of the GPU, it is cut further: the parts meet in a second kernel, in a fixed order.
 //
-// The reference is in python/ncpvae/ops/reference.py. Products are float32 FMAs, float64 for float64 input.
-#include "tile.h"
+// The reference is in python/ncpvae/ops/reference.py.
+#include <tuple>
+
+#include "similarity_logsumexp_backward.h"
+#include "similarity_logsumexp_fma.h"
+#include "similarity_logsumexp_forward.h"
 
 namespace ncpvae::cuda {
 namespace {
-
-constexpr int kGroup = 16;  // tiles along either side of a block's share, at most
-
-// z_r · x_c for this thread's rows and columns of the tile at (row, column).
-template <typename T>
-__device__ __forceinline__ void dot_products(Patch<T>& dot, Stage<T>& z_stage, Stage<T>& x_stage, const Matrix<T>& z,
-                                             const Matrix<T>& x, int64_t row, int64_t column) {
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  clear<T>(dot);
-  for (int64_t dim = 0; dim < z.dims; dim += kDepth) {
-    __syncthreads();  // nobody reads the stages any more
-    stage_dims(z_stage, z, row, dim);
-    stage_dims(x_stage, x, column, dim);
-    __syncthreads();
-    const int depth = min_int(z.dims - dim, kDepth);
-#pragma unroll 4
-    for (int d = 0; d < depth; ++d) {
-      T a[kPer<T>], b[kPer<T>];
-      fetch(z_stage.at[d], ty * kPer<T>, a);
-      fetch(x_stage.at[d], tx * kPer<T>, b);
-#pragma unroll
-      for (int i = 0; i < kPer<T>; ++i) {
-#pragma unroll
-        for (int j = 0; j < kPer<T>; ++j) dot[i][j] = fma(a[i], b[j], dot[i][j]);
-      }
-    }
-  }
-}
-
-struct Groups {
-  int64_t row_tiles, column_tiles;
-  int64_t tiles;  // of a group, along either side
-  int64_t row_groups, column_groups;
-};
-
-template <typename T>
-__global__ void __launch_bounds__(kTileThreads, kResident)
-    both_directions(Matrix<T> z, Matrix<T> x, const T* scale, Groups groups,
-                    Partial<T>* row_partials,     // [N, column groups]
-                    Partial<T>* column_partials)  // [K, row groups]
-{
-  __shared__ Stage<T> z_stage, x_stage;
-  __shared__ Partial<T> columns[kGroup * kTile<T>], warp_columns[kTileWarps][kTile<T>];
-  const int thread = threadIdx.x, tx = thread % kSide, ty = thread / kSide, warp = thread / kWarp;
-
-  for (int64_t block = blockIdx.x; block < groups.row_groups * groups.column_groups; block += gridDim.x) {
-    const int64_t row_group = block / groups.column_groups, column_group = block % groups.column_groups;
-    const int64_t first_row_tile = row_group * groups.tiles, first_column_tile = column_group * groups.tiles;
-    const int row_tiles = min_int(groups.row_tiles - first_row_tile, static_cast<int>(groups.tiles));
-    const int column_tiles = min_int(groups.column_tiles - first_column_tile, static_cast<int>(groups.tiles));
-    // A thread resets only what it alone read at the end of the last share, so that no barrier is needed here.
-    for (int c = thread; c < column_tiles * kTile<T>; c += kTileThreads) columns[c] = {-INFINITY, 0};
-
-    for (int r = 0; r < row_tiles; ++r) {
-      const int64_t row = (first_row_tile + r) * kTile<T>;
-      RunningLogSumExp<T> state[kPer<T>];
-      for (int c = 0; c < column_tiles; ++c) {
-        const int64_t column = (first_column_tile + c) * kTile<T>;
-        Patch<T> score;
-        dot_products(score, z_stage, x_stage, z, x, row, column);
-#pragma unroll
-        for (int i = 0; i < kPer<T>; ++i) {
-#pragma unroll
-          for (int j = 0; j < kPer<T>; ++j) {
-            const bool exists = row + ty * kPer<T> + i < z.rows && column + tx * kPer<T> + j < x.rows;
-            score[i][j] = exists ? *scale * score[i][j] : static_cast<T>(-INFINITY);
-          }
-          merge(state[i], summarise(score[i]));
-        }
-#pragma unroll
-        for (int j = 0; j < kPer<T>; ++j) {
-          T values[kPer<T>];
-#pragma unroll
-          for (int i = 0; i < kPer<T>; ++i) values[i] = score[i][j];
-          RunningLogSumExp<T> down;
-          merge(down, summarise(values));
-          merge_lanes(down, kSide, kSide);
-          if (thread % kWarp < kSide) warp_columns[warp][tx * kPer<T> + j] = {down.max, down.sum};
-        }
-        __syncthreads();
-        if (thread < kTile<T>) {
-          Partial<T>& column_state = columns[c * kTile<T> + thread];
-          RunningLogSumExp<T> down;
-          merge(down, column_state);
-          for (int w = 0; w < kTileWarps; ++w) merge(down, warp_columns[w][thread]);
-          column_state = {down.max, down.sum};
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kPer<T>; ++i) {
-        merge_lanes(state[i], 1, kSide / 2);
-        const int64_t at = row + ty * kPer<T> + i;
-        if (tx == 0 && at < z.rows)
-          row_partials[at * groups.column_groups + column_group] = {state[i].max, state[i].sum};
-      }
-    }
-    __syncthreads();
-    for (int c = thread; c < column_tiles * kTile<T>; c += kTileThreads) {
-      const int64_t at = first_column_tile * kTile<T> + c;
-      if (at < x.rows) column_partials[at * groups.row_groups + row_group] = columns[c];
-    }
-  }
-}
-
-// One side of the scores: its vectors, the gradient of its logsumexps, and those.
-template <typename T>
-struct Axis {
-  Matrix<T> vectors;
-  const T *grad, *lse;
-};
-
-// Gradient with respect to the vectors of `own`, as parts [splits, own rows, dims]; and, where asked for, every
-// block's part of the gradient with respect to the scale.
-template <typename T>
-__global__ void __launch_bounds__(kTileThreads, kResident)
-    backward_side(Axis<T> own, Axis<T> other, const T* scale, Shares shares, T* parts, double* scale_parts) {
-  __shared__ Stage<T> own_stage, other_stage;
-  __shared__ Square<T> gradient;  // [column][row]: of the products z·x
-  __shared__ double warp_sums[kTileWarps];
-  const int thread = threadIdx.x, tx = thread % kSide, ty = thread / kSide;
-  const int64_t rows = own.vectors.rows, columns = other.vectors.rows, dims = own.vectors.dims;
-  const T factor = *scale;
-
-  for (int64_t block = blockIdx.x; block < shares.blocks(); block += gridDim.x) {
-    const int64_t row = block / shares.splits * kTile<T>, my_row = row + ty * kPer<T>;
-    T* const part = parts + block % shares.splits * rows * dims;
-    double scale_sum = 0;
-    for (int64_t tile = shares.first_tile(block); tile < shares.end_tile(block); ++tile) {
-      const int64_t column = tile * kTile<T>;
-      const int width = min_int(columns - column, kTile<T>), height = min_int(rows - row, kTile<T>);
-      Patch<T> dot;
-      T tile_sum = 0;
-      dot_products(dot, own_stage, other_stage, own.vectors, other.vectors, row, column);
-#pragma unroll
-      for (int j = 0; j < kPer<T>; ++j) {
-        const int c = tx * kPer<T> + j;
-        const T grad = c < width ? other.grad[column + c] : T(0), lse = c < width ? other.lse[column + c] : T(0);
-#pragma unroll
-        for (int i = 0; i < kPer<T>; ++i) {
-          const int r = ty * kPer<T> + i;
-          T g = 0;
-          if (r < height && c < width) {
-            const T score = factor * dot[i][j];
-            g = own.grad[row + r] * exp(score - own.lse[row + r]) + grad * exp(score - lse);
-            tile_sum += g * dot[i][j];
-          }
-          gradient.at[c][r] = factor * g;
-        }
-      }
-      scale_sum += tile_sum;
-
-      for (int64_t dim = 0; dim < dims; dim += kTile<T>) {
-        Patch<T> sum = {};
-        for (int first = 0; first < width; first += kDepth) {
-          __syncthreads();
-          stage_rows(other_stage, other.vectors, column + first, dim);
-          __syncthreads();
-          const int depth = min_int(width - first, kDepth);
-#pragma unroll 4
-          for (int k = 0; k < depth; ++k) {
-            T g[kPer<T>], v[kPer<T>];
-            fetch(gradient.at[first + k], ty * kPer<T>, g);
-            fetch(other_stage.at[k], tx * kPer<T>, v);
-#pragma unroll
-            for (int i = 0; i < kPer<T>; ++i) {
-#pragma unroll
-              for (int j = 0; j < kPer<T>; ++j) sum[i][j] = fma(g[i], v[j], sum[i][j]);
-            }
-          }
-        }
-        accumulate(part, rows, dims, my_row, dim + tx * kPer<T>, sum, tile == shares.first_tile(block));
-      }
-    }
-    if (scale_parts == nullptr) continue;
-    scale_sum = warp_sum(scale_sum);
-    if (thread % kWarp == 0) warp_sums[thread / kWarp] = scale_sum;
-    __syncthreads();
-    if (thread == 0) {
-      for (int w = 1; w < kTileWarps; ++w) scale_sum += warp_sums[w];
-      scale_parts[block] = scale_sum;
-    }
-  }
-}
 
 // The sum of `count` parts, by one warp.
 template <typename T>
@@ -214,39 +33,73 @@ void check(const char* op, const Tensor& z, const Tensor& x, const Tensor& scale
   check_shape(op, "scale", scale, {});
 }
 
-// The largest groups that still make enough blocks: partials take N·K / (tiles per group · kTile) values each way.
-Groups choose_groups(int64_t rows, int64_t columns, int tile) {
-  Groups g{ceil_div(rows, tile), ceil_div(columns, tile), kGroup, 0, 0};
-  for (;; g.tiles /= 2) {
-    g.row_groups = ceil_div(g.row_tiles, g.tiles);
-    g.column_groups = ceil_div(g.column_tiles, g.tiles);
-    if (g.tiles == 1 || g.row_groups * g.column_groups >= kEnoughBlocks) return g;
-  }
+// The forward kernel's part of the work: `run` launches it with tiles of `tile` scores.
+template <typename T, typename F>
+std::tuple<Tensor, Tensor> forward(const Launcher& launcher, const Tensor& z, const Tensor& x, int tile, F&& run) {
+  const int64_t rows = z.size(0), columns = x.size(0);
+  const ScalarType type = accumulation_type(z.scalar_type());
+  const Groups groups = choose_groups(rows, columns, tile);
+  const Tensor lse_z = new_tensor(z, {rows}, type), lse_x = new_tensor(z, {columns}, type);
+  const Tensor row_partials = new_tensor(z, {rows, groups.column_groups, 2}, type);
+  const Tensor column_partials = new_tensor(z, {columns, groups.row_groups, 2}, type);
+  run(groups, mutable_data<Partial<T>>(row_partials), mutable_data<Partial<T>>(column_partials));
+  launcher.launch(merge_partials<T>, ceil_div(rows, kTileWarps), kTileThreads, data<Partial<T>>(row_partials), rows,
+                  groups.column_groups, mutable_data<T>(lse_z));
+  launcher.launch(merge_partials<T>, ceil_div(columns, kTileWarps), kTileThreads, data<Partial<T>>(column_partials),
+                  columns, groups.row_groups, mutable_data<T>(lse_x));
+  return {lse_z, lse_x};
 }
 
 std::tuple<Tensor, Tensor> similarity_logsumexp(const Tensor& z, const Tensor& x, const Tensor& scale) {
   const char* op = "similarity_logsumexp";
   check(op, z, x, scale);
   const Launcher launcher(op, z);
-  const Tensor wide_z = widened(z), wide_x = widened(x);
-  const ScalarType type = wide_z.scalar_type();
-  const Tensor wide_scale = as_type(scale, type);
-  const Tensor lse_z = new_tensor(z, {z.size(0)}, type), lse_x = new_tensor(z, {x.size(0)}, type);
-  dispatch_wide(type, [&](auto zero) {
+  const Tensor dense_z = as_contiguous(z), dense_x = as_contiguous(x);
+  const Tensor wide_scale = as_type(scale, accumulation_type(z.scalar_type()));
+  std::tuple<Tensor, Tensor> result{z, x};
+  dispatch_floating(op, "z", z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Matrix<T> rows = matrix<T>(wide_z), columns = matrix<T>(wide_x);
-    const Groups groups = choose_groups(rows.rows, columns.rows, kTile<T>);
-    const Tensor row_partials = new_tensor(z, {rows.rows, groups.column_groups, 2}, type);
-    const Tensor column_partials = new_tensor(z, {columns.rows, groups.row_groups, 2}, type);
-    launcher.launch(both_directions<T>, groups.row_groups * groups.column_groups, kTileThreads, rows, columns,
-                    data<T>(wide_scale), groups, mutable_data<Partial<T>>(row_partials),
-                    mutable_data<Partial<T>>(column_partials));
-    launcher.launch(merge_partials<T>, ceil_div(rows.rows, kTileWarps), kTileThreads, data<Partial<T>>(row_partials),
-                    rows.rows, groups.column_groups, mutable_data<T>(lse_z));
-    launcher.launch(merge_partials<T>, ceil_div(columns.rows, kTileWarps), kTileThreads,
-                    data<Partial<T>>(column_partials), columns.rows, groups.row_groups, mutable_data<T>(lse_x));
+    if constexpr (std::is_same_v<T, double>) {
+      result = forward<double>(launcher, z, x, kTile<double>, [&](const Groups& groups, auto* rows, auto* columns) {
+        launcher.launch(both_directions_fma<double>, groups.row_groups * groups.column_groups, kTileThreads,
+                        matrix<double>(dense_z), matrix<double>(dense_x), data<double>(wide_scale), groups, rows,
+                        columns);
+      });
+    } else {
+      result = forward<float>(launcher, z, x, kBlock, [&](const Groups& groups, auto* rows, auto* columns) {
+        launcher.launch_with_memory(both_directions_mma<T>, groups.row_groups * groups.column_groups, kBlockThreads,
+                                    sizeof(ForwardMemory), source<T>(dense_z), source<T>(dense_x),
+                                    data<float>(wide_scale), groups, rows, columns);
+      });
+    }
   });
-  return {lse_z, lse_x};
+  return result;
+}
+
+// Gradients in the type that the op computes in: of one side after the other, each as the sum of its splits' parts.
+// `run` launches the kernel for `side` 0 (z) or 1 (x).
+template <typename T, typename F>
+std::tuple<Tensor, Tensor, Tensor> backward(const Launcher& launcher, const Tensor& z, const Tensor& x, int tile,
+                                            F&& run) {
+  const ScalarType type = accumulation_type(z.scalar_type());
+  const Tensor gradients[] = {new_tensor(z, {z.size(0), z.size(1)}, type), new_tensor(x, {x.size(0), x.size(1)}, type)};
+  const Tensor dscale = new_tensor(z, {}, type);
+  for (int side = 0; side < 2; ++side) {
+    const Tensor& out = gradients[side];
+    const Shares shares = share(out.size(0), gradients[1 - side].size(0), tile);
+    const bool one = shares.splits == 1;  // the part is the gradient
+    const Tensor parts = one ? out : new_tensor(z, {shares.splits, out.size(0), out.size(1)}, type);
+    const Tensor scale_parts = new_tensor(z, {side == 0 ? shares.blocks() : 0}, ScalarType::Double);
+    run(side, shares, mutable_data<T>(parts), side == 0 ? mutable_data<double>(scale_parts) : nullptr);
+    if (!one) {
+      launcher.launch(sum_splits<T>, ceil_div(out.numel(), kTileThreads), kTileThreads, data<T>(parts), shares.splits,
+                      out.numel(), mutable_data<T>(out));
+    }
+    if (side == 0) {
+      launcher.launch(sum_parts<T>, 1, kWarp, data<double>(scale_parts), shares.blocks(), mutable_data<T>(dscale));
+    }
+  }
+  return {gradients[0], gradients[1], dscale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(const Tensor& grad_z, const Tensor& grad_x,
@@ -260,30 +113,39 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(const Tensor& g
   check_shape(op, "lse_x", lse_x, {x.size(0)});
   const Launcher launcher(op, z);
   const ScalarType type = accumulation_type(z.scalar_type());
-  const Tensor wide_z = widened(z), wide_x = widened(x), wide_scale = as_type(scale, type);
+  const Tensor dense_z = as_contiguous(z), dense_x = as_contiguous(x), wide_scale = as_type(scale, type);
   const Tensor gz = as_contiguous(as_type(grad_z, type)), gx = as_contiguous(as_type(grad_x, type));
   const Tensor lz = as_contiguous(as_type(lse_z, type)), lx = as_contiguous(as_type(lse_x, type));
-  const Tensor dz = new_tensor(z, {z.size(0), z.size(1)}, type), dx = new_tensor(x, {x.size(0), x.size(1)}, type);
-  const Tensor dscale = new_tensor(scale, {}, type);
-  dispatch_wide(type, [&](auto zero) {
+  std::tuple<Tensor, Tensor, Tensor> result{z, x, scale};
+  dispatch_floating(op, "z", z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Axis<T> rows{matrix<T>(wide_z), data<T>(gz), data<T>(lz)},
-        columns{matrix<T>(wide_x), data<T>(gx), data<T>(lx)};
-    const auto side = [&](const Axis<T>& own, const Axis<T>& other, const Tensor& out, bool with_scale) {
-      const Shares shares = share(own.vectors.rows, other.vectors.rows, kTile<T>);
-      const Tensor parts = new_tensor(z, {shares.splits, own.vectors.rows, own.vectors.dims}, type);
-      const Tensor scale_parts = new_tensor(z, {with_scale ? shares.blocks() : 0}, ScalarType::Double);
-      launcher.launch(backward_side<T>, shares.blocks(), kTileThreads, own, other, data<T>(wide_scale), shares,
-                      mutable_data<T>(parts), with_scale ? mutable_data<double>(scale_parts) : nullptr);
-      launcher.launch(sum_splits<T>, ceil_div(out.numel(), kTileThreads), kTileThreads, data<T>(parts), shares.splits,
-                      out.numel(), mutable_data<T>(out));
-      if (with_scale) {
-        launcher.launch(sum_parts<T>, 1, kWarp, data<double>(scale_parts), shares.blocks(), mutable_data<T>(dscale));
+    if constexpr (std::is_same_v<T, double>) {
+      const Axis<T> sides[] = {{matrix<T>(dense_z), data<T>(gz), data<T>(lz)},
+                               {matrix<T>(dense_x), data<T>(gx), data<T>(lx)}};
+      const auto run = [&](int side, const Shares& shares, T* parts, double* scale_parts) {
+        launcher.launch(backward_side_fma<T>, shares.blocks(), kTileThreads, sides[side], sides[1 - side],
+                        data<T>(wide_scale), shares, parts, scale_parts);
+      };
+      result = backward<T>(launcher, z, x, kTile<T>, run);
+    } else {
+      const Side<T> sides[] = {{source<T>(dense_z), data<float>(gz), data<float>(lz)},
+                               {source<T>(dense_x), data<float>(gx), data<float>(lx)}};
+      const Tensor boost = new_tensor(z, {}, type);
+      if (kBoosted<T>) {
+        launcher.launch(choose_boost, 1, kBlockThreads, data<float>(gz), z.size(0), data<float>(gx), x.size(0),
+                        mutable_data<float>(boost));
       }
-    };
-    side(rows, columns, dz, true);
-    side(columns, rows, dx, false);
+      // Only float32 tells the two orders of a product apart.
+      const auto other = backward_side_mma<T, std::is_same_v<T, float>>;
+      const auto run = [&](int side, const Shares& shares, float* parts, double* scale_parts) {
+        launcher.launch_with_memory(side == 0 ? backward_side_mma<T, false> : other, shares.blocks(), kBlockThreads,
+                                    sizeof(BackwardMemory<T>), sides[side], sides[1 - side], data<float>(wide_scale),
+                                    data<float>(boost), shares, parts, scale_parts);
+      };
+      result = backward<float>(launcher, z, x, kBlock, run);
+    }
   });
+  const auto& [dz, dx, dscale] = result;
   return {as_type(dz, z.scalar_type()), as_type(dx, x.scalar_type()), as_type(dscale, scale.scalar_type())};
 }
 

@@ -131,3 +131,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulation::last_failure = emulation::run(gridDim.x, threads, [&] { kernel(static_cast<Parameters>(arguments)...); });
   return emulation::last_failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
+
+#include "mma_emulation.h"

@@ -96,6 +96,102 @@ def test_info_nce_of_matched_pairs_is_torchs_cross_entropy(device):
     torch.testing.assert_close(loss[1], torch.nn.functional.cross_entropy(scores.T, target))
 
 
+# --- around the tiles that kernels cut the scores into ---------------------------------------------------------
+
+EDGES = [(127, 129, 7), (128, 128, 8), (129, 1, 17), (1, 127, 1), (2, 130, 130), (5, 6, 520)]
+
+
+def values_and_gradients(op, inputs, cotangents):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    outputs = op(*inputs)
+    cotangents = [c.to(o.dtype).to(o.device) for c, o in zip(cotangents, outputs, strict=True)]
+    return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, cotangents)
+
+
+def gradients(op, inputs, cotangents):
+    return values_and_gradients(op, inputs, cotangents)[2:]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_edges_of_tiles(shape, dtype, device, assert_accurate):
+    inputs = [*tensors(*shape, dtype, device, normalise=True), torch.tensor(10.0, dtype=dtype, device=device)]
+    cotangents = torch.randn(shape[0], dtype=torch.float64), torch.randn(shape[1], dtype=torch.float64)
+    width = wide(dtype)
+    eager, truth = dense(*(t.to(width) for t in inputs)), dense(*double(*inputs))
+    for one, two, three in zip(ops.similarity_logsumexp(*inputs), eager, truth, strict=True):
+        assert_accurate(one, two, three, width, units=8)
+    *got, dscale = gradients(ops.similarity_logsumexp, inputs, cotangents)
+    *eager, _ = gradients(dense, inputs, cotangents)
+    *truth, true_dscale = gradients(dense, double(*inputs), cotangents)
+    for one, two, three in zip(got, eager, truth, strict=True):
+        assert_accurate(one, two, three, dtype, units=4)
+    # A sum of terms of either sign, which may all but cancel: eager torch's own error is a matter of luck.
+    terms = sum(c.abs().sum() for c in cotangents)  # at least Σ |∂/∂score · dot|: dots are cosines
+    bound = 4 * torch.finfo(width).eps * terms + torch.finfo(dtype).eps * true_dscale.abs()
+    assert (dscale.double().cpu() - true_dscale).abs() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_small_and_large_scores_in_one_tile(scale, dtype, device, assert_accurate):
+    """No common origin serves all rows: exp of one row's scores is out of range where another's is 1."""
+    z, x = tensors(70, 60, 9, torch.float64, "cpu")
+    z, x = z * torch.logspace(-3, 1, 70, dtype=z.dtype)[:, None], x * torch.logspace(1, -2, 60, dtype=x.dtype)[:, None]
+    inputs = [z.to(dtype).to(device), x.to(dtype).to(device), torch.tensor(scale, device=device)]
+    cotangents = torch.randn(70, dtype=torch.float64), torch.randn(60, dtype=torch.float64)
+    eager, truth = dense(*(t.float() for t in inputs)), dense(*double(*inputs))
+    for one, two, three in zip(ops.similarity_logsumexp(*inputs), eager, truth, strict=True):
+        assert_accurate(one, two, three, torch.float32, units=8)
+    got, eager = (
+        gradients(op, arguments, cotangents)
+        for op, arguments in ((ops.similarity_logsumexp, inputs), (dense, [t.float() for t in inputs]))
+    )
+    for one, two, three in zip(got, eager, gradients(dense, double(*inputs), cotangents), strict=True):
+        assert_accurate(one, two, three, one.dtype, units=8)
+
+
+def test_float32_keeps_its_error(device):
+    """Scores of many positive terms, where what rounds in one direction adds up. With one column, lse_z is a score."""
+    z, x = (t.abs() for t in tensors(96, 1, 512, torch.float32, device))
+    truth = dense(*double(z, x), 1.0)[0]
+    error = (double(ops.similarity_logsumexp(z, x, 1.0)[0])[0] / truth - 1).abs().max()
+    assert error <= 4 * torch.finfo(torch.float32).eps, error
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_score_alone_in_its_row_takes_the_whole_gradient(dtype, device):
+    """exp(score − lse) is 1 even where scores have no digits after the point: the score is formed as it was before."""
+    z, x = tensors(9, 1, 33, dtype, device)
+    z, x, grad = 100 * z, 100 * x, torch.linspace(-1, 1, 9, device=device)
+    for flipped in (False, True):
+        inputs = (x, z) if flipped else (z, x)
+        inputs = [t.clone().requires_grad_() for t in inputs]
+        alone = ops.similarity_logsumexp(*inputs, 1.0)[int(flipped)]
+        (got,) = torch.autograd.grad(alone, inputs[int(flipped)], grad)
+        torch.testing.assert_close(got, (grad[:, None] * x).to(dtype))
+
+
+def test_gradients_below_the_range_of_float16_count(device):
+    """Each score's share of the gradient is below float16's smallest number; their sum is not."""
+    z, x = tensors(50, 400, 8, torch.float64, "cpu")
+    z, x = (0.002 * z).half().to(device), (1000 * x).half().to(device)
+    cotangents = torch.full((50,), 1e-8), torch.zeros(400)
+    got = gradients(lambda z: ops.similarity_logsumexp(z, x, 1.0), [z], cotangents)[0]
+    truth = gradients(lambda z: dense(z, *double(x), 1.0), double(z), cotangents)[0]
+    assert truth.abs().max() > 1e-6
+    torch.testing.assert_close(got.double().cpu(), truth, rtol=0.01, atol=6e-8)
+
+
+def test_the_same_bits_every_time(device):
+    (z, x), scale = tensors(150, 140, 20, torch.float32, device), torch.tensor(3.0, device=device)
+    results = []
+    for _ in range(2):
+        lse = ops.similarity_logsumexp(z, x, scale)
+        results.append([*lse, *torch.ops.ncpvae.similarity_logsumexp_backward(*lse, z, x, scale, *lse)])
+    assert all(map(torch.equal, *results))
+
+
 # --- awkward input ------------------------------------------------------------------------------------------
 
 
@@ -160,6 +256,15 @@ def test_bad_rows_reach_only_what_they_belong_to(bad, device):
         torch.testing.assert_close(got.double().cpu(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def test_the_largest_floats(device):
+    """They round to infinity in a format with fewer digits."""
+    z, x = tensors(6, 5, 3, torch.float32, device)
+    x /= 10
+    z[2, 1] = torch.finfo(torch.float32).max
+    for got, truth in zip(ops.similarity_logsumexp(z, x, 1.0), dense(*double(z, x), 1.0), strict=True):
+        torch.testing.assert_close(got.double().cpu(), truth, rtol=1e-5, atol=1e-5)
+
+
 # --- threads, gradients, torch.library, torch.compile -------------------------------------------------------
 
 
@@ -188,29 +293,21 @@ def test_gradients_once_and_twice(shape, device):
         assert torch.autograd.gradcheck(lambda *a, o=output: ops.similarity_logsumexp(*a)[o], inputs)
 
 
-def values_and_gradients(op, inputs, cotangents):
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    outputs = op(*inputs)
-    cotangents = [c.to(o.dtype).to(o.device) for c, o in zip(cotangents, outputs, strict=True)]
-    return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, cotangents)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scale", [8.0, 300.0])
 def test_gradient_error_is_bounded_by_eager(scale, shape, dtype, device, assert_accurate):
     inputs = [*tensors(*shape, dtype, device, normalise=True), torch.tensor(scale, dtype=dtype, device=device)]
     cotangents = torch.randn(shape[0], dtype=torch.float64), torch.randn(shape[1], dtype=torch.float64)
-    got = values_and_gradients(ops.similarity_logsumexp, inputs, cotangents)
-    eager = values_and_gradients(dense, inputs, cotangents)
-    truth = values_and_gradients(dense, double(*inputs), cotangents)
-    for one, two, three in zip(got[2:], eager[2:], truth[2:], strict=True):
+    got, eager = (gradients(op, inputs, cotangents) for op in (ops.similarity_logsumexp, dense))
+    truth = gradients(dense, double(*inputs), cotangents)
+    for one, two, three in zip(got, eager, truth, strict=True):
         assert one.dtype == dtype
         assert_accurate(one, two, three, dtype, units=4)
 
 
 # one less, just as many and one more than the rows, columns and dimensions that kernels take together
-EDGES = [
+BLOCK_EDGES = [
     *((n, k, 3) for n in (3, 4, 5, 11, 12, 13, 23, 24, 25, 97) for k in (7, 15, 16, 17, 31, 33, 47, 48, 49, 191, 193)),
     *((30, 50, d) for d in (1, 7, 15, 16, 17, 31, 32, 33, 127, 128, 129, 257)),
     *((3, 4700, 2), (1000, 4700, 2)),
@@ -218,7 +315,7 @@ EDGES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", EDGES, ids=str)
+@pytest.mark.parametrize("shape", BLOCK_EDGES, ids=str)
 def test_edges_of_the_blocks(shape, dtype, device, assert_accurate):
     inputs = [*tensors(*shape, dtype, device, normalise=True), torch.tensor(8.0, dtype=dtype, device=device)]
     cotangents = torch.rand(shape[0], dtype=torch.float64), torch.rand(shape[1], dtype=torch.float64)
