@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "tensor.h"
@@ -158,6 +159,22 @@ __device__ __forceinline__ double fast_reciprocal(double x) { return 1 / x; }
 // digits.
 __device__ __forceinline__ float fast_exp(float x) { return fast_exp2(x * 1.44269504f); }
 __device__ __forceinline__ double fast_exp(double x) { return exp(x); }
+
+// 16 bytes from global to shared memory, both on 16-byte boundaries, past the registers; there once the thread that asked
+// has awaited its copies, and for the block's other threads after a barrier.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if defined(__CUDA_ARCH__)
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#else
+  std::memcpy(shared, global, 16);
+#endif
+}
+__device__ __forceinline__ void await_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
 
 // One bit per lane.
 __device__ __forceinline__ unsigned ballot(bool condition) { return __ballot_sync(kFullWarp, condition); }
