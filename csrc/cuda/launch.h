@@ -124,7 +124,7 @@ __device__ __forceinline__ T shuffle_up(T value, int by) {
   return __shfl_up_sync(kFullWarp, value, static_cast<unsigned>(by));
 }
 // The GPU's own 2^x, log₂ x and 1/x: one instruction where the library's functions take ten to twenty. Errors stay at
-// two units of rounding, but for logarithms near zero, whose absolute error is 2⁻²². What is below 2⁻¹²⁶ counts as zero.
+// two units of rounding, but for logarithms near zero, whose absolute error is 2⁻²². Below 2⁻¹²⁶ is zero.
 __device__ __forceinline__ float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -160,8 +160,8 @@ __device__ __forceinline__ double fast_reciprocal(double x) { return 1 / x; }
 __device__ __forceinline__ float fast_exp(float x) { return fast_exp2(x * 1.44269504f); }
 __device__ __forceinline__ double fast_exp(double x) { return exp(x); }
 
-// 16 bytes from global to shared memory, both on 16-byte boundaries, past the registers; there once the thread that asked
-// has awaited its copies, and for the block's other threads after a barrier.
+// 16 bytes from global to shared memory, both on 16-byte boundaries, past the registers. They are there once the thread
+// that asked has awaited its copies, and for the block's other threads after a barrier.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if defined(__CUDA_ARCH__)
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
