@@ -20,29 +20,19 @@ constexpr int kMaxRuns = 40;
 struct Broadcast {
   const void* data;
   int runs;
-  int64_t size[kMaxRuns], stride[kMaxRuns];
+  Divisor size[kMaxRuns];
+  int64_t stride[kMaxRuns];
   bool together;  // no quad of z crosses the end of the innermost run
   bool aligned;   // and those that start a quad of the tensor may be read at once
 };
 
-// a / b and a mod b; 64-bit division costs many times the 32-bit one, and is hardly ever needed.
-__device__ __forceinline__ uint64_t divide(uint64_t a, uint64_t b, uint64_t& remainder) {
-  uint64_t quotient = 0;
-  remainder = a;
-  if (a >= b) {
-    quotient = a >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
-    remainder = a - quotient * b;
-  }
-  return quotient;
-}
-
 // The tensor's element under element `element` of z.
-__device__ __forceinline__ int64_t offset_of(const Broadcast& b, uint64_t element) {
+__device__ __forceinline__ int64_t offset_of(const Broadcast& b, int64_t element) {
   int64_t offset = 0;
   for (int run = 0; run < b.runs; ++run) {
-    uint64_t position;
-    element = divide(element, static_cast<uint64_t>(b.size[run]), position);
-    offset += static_cast<int64_t>(position) * b.stride[run];
+    int64_t position;
+    element = b.size[run].divide(element, position);
+    offset += position * b.stride[run];
   }
   return offset;
 }
@@ -68,7 +58,7 @@ __device__ __forceinline__ void load(const T* data, int64_t first, int count, bo
 template <typename T>
 __device__ __forceinline__ void load(const Broadcast& b, int64_t first, int count, Accumulate<T> (&out)[kQuad]) {
   const T* data = static_cast<const T*>(b.data);
-  const int64_t offset = offset_of(b, static_cast<uint64_t>(first));
+  const int64_t offset = offset_of(b, first);
   if (b.together && b.stride[0] == 1) {
     load(data, offset, count, b.aligned, out);
     return;
@@ -76,9 +66,16 @@ __device__ __forceinline__ void load(const Broadcast& b, int64_t first, int coun
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
     if (i >= count) break;
-    const int64_t at = b.together || i == 0 ? offset : offset_of(b, static_cast<uint64_t>(first + i));
+    const int64_t at = b.together || i == 0 ? offset : offset_of(b, first + i);
     out[i] = static_cast<Accumulate<T>>(data[at]);
   }
+}
+
+// langevin::drift_with_base without its division. By 1/std twice, and not by 1/std², which overflows before it should.
+template <typename A>
+__device__ __forceinline__ A drift_with_base(A z, A score, A mean, A std) {
+  const A inverse_std = fast_reciprocal(std);
+  return score + (mean - z) * inverse_std * inverse_std;
 }
 
 struct NoBase {};
@@ -99,6 +96,7 @@ struct Step {
 template <typename T, typename Base>
 __global__ void __launch_bounds__(kThreads, 3) step_kernel(Step<T> s, const Base base) {
   using A = Accumulate<T>;
+  const Seed seed{s.seed[0], s.seed[1]};
   const int64_t quads = (s.count + kQuad - 1) / kQuad, stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t quad = blockIdx.x * int64_t{kThreads} + threadIdx.x; quad < quads; quad += stride) {
     const int64_t first = quad * kQuad;
@@ -110,10 +108,12 @@ __global__ void __launch_bounds__(kThreads, 3) step_kernel(Step<T> s, const Base
       A mean[kQuad] = {}, std[kQuad] = {1, 1, 1, 1};
       load<T>(base.mean, first, count, mean);
       load<T>(base.std, first, count, std);
-      for (int i = 0; i < kQuad; ++i) drift[i] = langevin::drift_with_base(z[i], drift[i], mean[i], std[i]);
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) drift[i] = drift_with_base(z[i], drift[i], mean[i], std[i]);
     }
-    if (s.noise_scale > 0) langevin::normals(Seed{s.seed[0], s.seed[1]}, static_cast<uint64_t>(quad), noise);
+    if (s.noise_scale > 0) langevin::normals(seed, static_cast<uint64_t>(quad), noise);
     Pack<T, kQuad> result;
+#pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       result.value[i] = static_cast<T>(langevin::step(z[i], drift[i], s.half_step_size, s.noise_scale, noise[i]));
     }
@@ -144,18 +144,18 @@ Broadcast broadcast(const char* op, const char* name, const Tensor& tensor, cons
     own_stride *= have;
     const int last = b.runs - 1;
     if (last >= 0 && (stride == 0) == (b.stride[last] == 0)) {
-      b.size[last] *= want;
+      b.size[last] = Divisor(static_cast<int64_t>(b.size[last].value) * want);
       continue;
     }
     fits = fits && b.runs < kMaxRuns;
     if (!fits) break;
-    b.size[b.runs] = want;
+    b.size[b.runs] = Divisor(want);
     b.stride[b.runs++] = stride;
   }
   STD_TORCH_CHECK(fits, op, ": ", name, " must broadcast to z's shape ", shape_text(z.sizes()), ", got ",
                   shape_text(tensor.sizes()));
   if (b.runs > 0 && b.stride[b.runs - 1] == 0) --b.runs;  // what is left of the index needs no division
-  b.together = b.runs == 0 || b.size[0] % kQuad == 0;
+  b.together = b.runs == 0 || b.size[0].value % kQuad == 0;
   b.aligned = reinterpret_cast<uintptr_t>(b.data) % std::min<uintptr_t>(16, kQuad * tensor.element_size()) == 0;
   return b;
 }

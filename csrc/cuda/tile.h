@@ -222,6 +222,23 @@ inline Shares share(int64_t rows, int64_t columns, int tile) {
   return s;
 }
 
+// The split of the columns that gives the busiest multiprocessor the fewest tiles, of those that make up to four waves
+// of blocks.
+inline Shares share_in_waves(int64_t rows, int64_t columns, int tile) {
+  Shares best{};
+  int64_t least = INT64_MAX;
+  for (int64_t waves = 1; waves <= 4; ++waves) {
+    Shares s{ceil_div(rows, tile), ceil_div(columns, tile), 0, 1};
+    const int64_t wanted = kEnoughBlocks * waves / std::max<int64_t>(s.row_tiles, 1);
+    s.tiles_per_split = std::max<int64_t>(1, ceil_div(s.column_tiles, std::max<int64_t>(wanted, 1)));
+    s.splits = ceil_div(s.column_tiles, s.tiles_per_split);
+    const int64_t tiles_in_turn = ceil_div(s.blocks(), kEnoughBlocks) * s.tiles_per_split;
+    if (tiles_in_turn < least) best = s;
+    least = std::min(least, tiles_in_turn);
+  }
+  return best;
+}
+
 template <typename T>
 inline Matrix<T> matrix(const Tensor& tensor) {
   return {data<T>(tensor), tensor.size(0), tensor.size(1)};

@@ -55,6 +55,40 @@ def test_matches_the_dense_formula(shape, dtype, weighted, device, assert_accura
     torch.testing.assert_close(reference.gaussian_logsumexp(*double(*inputs)), truth, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [(127, 129, 7), (128, 128, 8), (129, 127, 9), (64, 256, 31), (65, 257, 33), (1, 700, 16), (300, 1, 17)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_edges_of_tiles(shape, dtype, device, assert_accurate):
+    """Rows, components and dimensions around the kernels' tiles and chunks, forward and backward."""
+    inputs, cotangent = tensors(*shape, dtype, device), torch.randn(shape[0], dtype=torch.float64)
+
+    def values(op, inputs):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        out = op(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, cotangent.to(out.dtype).to(out.device))]
+
+    for got, eager, truth in zip(
+        values(ops.gaussian_logsumexp, inputs), values(dense, inputs), values(dense, double(*inputs)), strict=True
+    ):
+        assert_accurate(got, eager, truth, dtype)
+
+
+@pytest.mark.parametrize("narrow", [1e-4, 0.01, 0.03])
+def test_wide_and_narrow_dimensions_side_by_side(narrow, device, assert_accurate):
+    """Every other dimension is narrow, and means far from zero: each keeps the digits that z and the mean share."""
+    torch.manual_seed(2)
+    mean = torch.randn(200, 20, dtype=torch.float64) + 3
+    log_std = 0.2 * torch.randn(200, 20, dtype=torch.float64)
+    log_std[:, ::2] += math.log(narrow)
+    z = mean[:70] + log_std[:70].exp() * torch.randn(70, 20, dtype=torch.float64)
+    inputs = [t.float().to(device) for t in (z, mean, log_std)]
+    got, truth = ops.gaussian_logsumexp(*inputs), dense(*double(*inputs))
+    assert_accurate(got, dense(*inputs), truth, torch.float32, factor=2, units=4)
+
+
 @FEW
 @given(
     N=st.integers(0, 40),

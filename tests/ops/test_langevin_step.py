@@ -95,6 +95,20 @@ def test_every_kernel_makes_the_same_noise(count, dtype, device, make_seed):
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-6 if dtype == torch.float32 else 1e-13)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 4), (3, 4, 5), (2, 3, 5, 8), (6, 1, 8), (5, 257)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_every_way_to_broadcast_a_base(shape, dtype, device, make_seed):
+    """All choices of kept and broadcast dimensions, aligned and not, against copies spelled out."""
+    z, score, *_ = tensors(shape, dtype, device)
+    for kept in range(1 << len(shape)):
+        own = tuple(size if kept >> i & 1 else 1 for i, size in enumerate(shape))
+        *_, mean, std = tensors(shape, dtype, device, own, own)
+        mean = torch.cat([mean.new_zeros(1), mean.flatten()])[1:].view(own)  # starts between two boundaries
+        got = ops.langevin_step(z, score, make_seed(device), 0.2, mean, std)
+        spelled_out = (t.expand(shape).contiguous() for t in (mean, std))
+        assert torch.equal(got, ops.langevin_step(z, score, make_seed(device), 0.2, *spelled_out)), own
+
+
 def test_noise_depends_on_the_element_number_alone(device, make_seed):
     """Neither shape nor batch size: the first elements of a larger tensor get the same noise."""
     zero, seed = torch.zeros(10, 7, device=device), make_seed(device)

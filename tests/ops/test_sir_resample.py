@@ -17,7 +17,7 @@ from ncpvae.ops.reference import TILE
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 1), (2, 5), (4, TILE), (3, TILE + 1), (2, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1), (2, 5), (4, TILE), (3, TILE + 1), (2, 5000), (2, 20 * TILE - 3)], ids=str)
 def test_matches_reference_and_logsumexp(shape, dtype, device, make_seed, assert_accurate):
     w, seed = random_weights(*shape, dtype, device), make_seed(device)
     index, log_mean, ess = ops.sir_resample(w, seed, 16)
@@ -65,6 +65,29 @@ def test_native_and_reference_draw_the_same(device, make_seed):
     index, expected = ops.sir_resample(w, seed, 64)[0].cpu(), reference.sir_resample(w.cpu(), seed.cpu(), 64)[0]
     assert_indices_follow_the_contract(w, seed, index)
     assert (index == expected).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 16 * TILE - 1, 16 * TILE, 16 * TILE + 1, 33 * TILE], ids=str)
+def test_every_length_draws_the_reference_indices(length, device, make_seed):
+    """Around the ends of sections, tiles, and of rows that one block of a GPU does alone."""
+    w, seed = random_weights(3, length, torch.float64, device), make_seed(device)
+    expected = reference.sir_resample(w.cpu(), seed.cpu(), 9)
+    got = [t.cpu() for t in ops.sir_resample(w, seed, 9)]
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1:], list(expected[1:]), rtol=1e-12, atol=1e-12)
+
+
+def test_an_offset_that_rounds_the_keys_still_draws_the_reference_indices(device, make_seed):
+    w, seed = random_weights(3, 20 * TILE, torch.float64, device) + 1e12, make_seed(device)
+    index = ops.sir_resample(w, seed, 64)[0].cpu()
+    assert torch.equal(index, reference.sir_resample(w.cpu(), seed.cpu(), 64)[0])
+
+
+@pytest.mark.parametrize("count", [3, 1024])
+def test_the_number_of_draws_does_not_change_the_first_row(count, device, make_seed):
+    """Words are counted per row, so that a row's first draws are those of a shorter call."""
+    w, seed = random_weights(1, 3000, device=device), make_seed(device)
+    assert torch.equal(ops.sir_resample(w, seed, 1025)[0][:, :count], ops.sir_resample(w, seed, count)[0])
 
 
 # --- statistics ---------------------------------------------------------------------------------------------

@@ -37,6 +37,22 @@ def test_streaming_whole_tiles_rounds_the_same_for_any_chunking(device, make_see
         assert one[5:] == other[5:] and all(map(torch.equal, one[:5], other[:5]))
 
 
+@pytest.mark.parametrize("last", [0.0, NAN], ids=["", "with NaN"])
+def test_more_than_a_thousand_tiles_round_the_same_for_any_chunking(last, device, make_seed):
+    w, seed = random_weights(1, 1030 * TILE + 5, torch.float16, device), make_seed(device)
+    w[0, -1] = last
+    one, (index, log_mean, ess) = stream(w, seed, 2, w.shape[1]), ops.sir_resample(w, seed, 2)
+    other = stream(w, seed, 2, [TILE, 16 * TILE, 17 * TILE, 600 * TILE, 396 * TILE + 5])
+    for a, b in zip(one[:5], other[:5], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(one.indices, index) and one[5:] == other[5:]
+    for a, b in ((one.log_mean_weight, log_mean), (one.ess, ess)):
+        torch.testing.assert_close(a.to(b.dtype), b, rtol=1e-6, atol=0, equal_nan=True)
+    if last == 0:
+        torch.testing.assert_close(log_mean.double(), w.double().logsumexp(1) - math.log(w.shape[1]), rtol=0, atol=1e-6)
+        assert_indices_follow_the_contract(w, seed, index)
+
+
 def test_update_leaves_the_given_state_as_it_was(device, make_seed):
     w, seed = random_weights(3, 1500, device=device), make_seed(device)
     state = ops.sir_update(ops.sir_state(3, 2, device), w, seed)
