@@ -5,7 +5,8 @@ leading dimension of z is B: z [B, *event] or, M proposals per context, z [B, M,
 
 A classifier may have a method `fused(dtype)`, which returns the same function in a form that is faster to evaluate
 many times without gradients (see `nn.fused`), and a method `widest(event)`, the number of elements of its largest
-activation for one z, by which proposals are cut into pieces that stay in the processor's cache.
+activation for one z, by which proposals are cut into pieces that stay in the processor's cache. A
+method `score(z)` may return ∇ log r(z) by a faster way than autograd, or None; it is asked where there is no context.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .nn import Remembered, ResidualCell, mlp, with_fused_children
+from .nn import Remembered, ResidualCell, mlp, mlp_gradient, with_fused_children
 from .pretrained import Pretrained
 
 
@@ -55,6 +56,9 @@ class MLPClassifier(Pretrained):
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         return with_fused_children(self, MLPClassifier, dtype)
+
+    def score(self, z: Tensor) -> Tensor | None:
+        return None if type(self).forward is not MLPClassifier.forward else mlp_gradient(self.network, z)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         _check_event("MLPClassifier", z, (self.latent_dim,), f"D = {self.latent_dim}")

@@ -5,7 +5,7 @@ Letters: B batch, C channels, H and W height and width.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -15,6 +15,10 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 M = TypeVar("M", bound=nn.Module)
+BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
+    nn.SiLU: torch.ops.aten.silu_backward,
+    nn.ReLU: lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0),
+}  # gradients of activations: (gradient of the output, input) → gradient of the input
 ONEDNN_NAMES = {nn.SiLU: ("swish", [1.0]), nn.ReLU: ("relu", [])}  # of activations, and their parameters
 
 
@@ -25,6 +29,27 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Seque
         layers += [activation()] if i else []
         layers.append(nn.Linear(before, after))
     return nn.Sequential(*layers)
+
+
+def mlp_gradient(network: nn.Sequential, x: Tensor) -> Tensor | None:
+    """The gradient of the sum of an `mlp`'s outputs with respect to x, without autograd.
+
+    It is bit for bit autograd's, whose bookkeeping takes longer than the arithmetic of a small network. None where a
+    layer has hooks or is neither linear nor one of `BACKWARD`, or where autocast would change the arithmetic.
+    """
+    layers = list(network)
+    known = all((type(layer) is nn.Linear or type(layer) in BACKWARD) and not _hooked(layer) for layer in layers)
+    if not known or _hooked(network) or torch.is_autocast_enabled(x.device.type):
+        return None
+    with torch.no_grad():
+        inputs = []
+        for layer in layers:
+            inputs.append(x)
+            x = layer(x)
+        gradient = torch.ones_like(x)
+        for layer, x in zip(reversed(layers), reversed(inputs), strict=True):
+            gradient = gradient @ layer.weight if isinstance(layer, nn.Linear) else BACKWARD[type(layer)](gradient, x)
+    return gradient
 
 
 class SqueezeExcitation(nn.Module):
@@ -159,8 +184,9 @@ def fused(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     if module.training or _hooked(module):
         return module
-    if hasattr(type(module), "fused"):  # the type's: a compiled module would answer with what it was compiled from
-        return type(module).fused(module, dtype)
+    own = getattr(type(module), "fused", None)  # the type's: a compiled module answers with what it was compiled from
+    if own is not None:
+        return own(module, dtype)
     if type(module) is nn.Sequential:
         return nn.Sequential(*_fused_layers(list(module), dtype)).eval()
     if type(module) is nn.Linear:

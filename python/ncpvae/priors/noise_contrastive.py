@@ -17,7 +17,7 @@ from .. import _distributed, _random, ops
 from ..distributions import temper
 from ..nn import fused
 from ..pretrained import Pretrained
-from ..samplers import SIR, TILE, Langevin, base_draws, gather_states, skip_proposals
+from ..samplers import SIR, TILE, Langevin, base_draws, gather_states, gradient_of, skip_proposals
 
 ROWS_AT_ONCE = 1 << 14  # z given to the classifier at a time where no gradient is kept …
 ELEMENTS_AT_ONCE = 1 << 22  # … and fewer where they are large …
@@ -90,11 +90,10 @@ class NoiseContrastive(Distribution):
         if z.shape[z.dim() - len(event) :] != event:
             raise ValueError(f"log_ratio: z must be [..., {', '.join(map(str, event))}], got shape {tuple(z.shape)}")
         leading = z.shape[: z.dim() - len(event)]
-        at_once = self._rows_at_once(z)
         if self.context is not None:  # the classifier wants the context's B first: [B, M, *event]
             rows = z.reshape(-1, *z.shape[len(leading) - 1 :]).movedim(0, 1)
-            return self._in_parts(rows, max(1, at_once // len(rows))).T.reshape(leading)
-        return self._in_parts(z.reshape(1, -1, *event), at_once)[0].view(leading)
+            return self._in_parts(rows).T.reshape(leading)
+        return self._in_parts(z.reshape(1, -1, *event))[0].view(leading)
 
     def fused(self, dtype: torch.dtype | None = None) -> "NoiseContrastive":
         """The same distribution with its classifier in the form that is fastest to evaluate without gradients.
@@ -113,9 +112,11 @@ class NoiseContrastive(Distribution):
             rows = min(rows, CACHE_BYTES // (widest(self.classifier, event) * (self.dtype or z.dtype).itemsize))
         return max(1, rows)
 
-    def _in_parts(self, z: Tensor, at_once: int) -> Tensor:
-        """z [B, M, *event] → [B, M], `at_once` of the M at a time unless gradients are wanted."""
-        parts = (z,) if torch.is_grad_enabled() else z.split(at_once, dim=1)
+    def _in_parts(self, z: Tensor) -> Tensor:
+        """z [B, M, *event] → [B, M], a bounded number of rows at a time unless gradients are wanted."""
+        if torch.is_grad_enabled():
+            return self._classify(z)
+        parts = z.split(max(1, self._rows_at_once(z) // len(z)), dim=1)
         return torch.cat([self._classify(part) for part in parts], dim=1)
 
     def _classify(self, z: Tensor) -> Tensor:
@@ -134,6 +135,12 @@ class NoiseContrastive(Distribution):
             got = tuple(log_ratio.shape) if isinstance(log_ratio, Tensor) else type(log_ratio).__name__
             raise ValueError(f"classifier must return one logit per z, shape {tuple(expected)}, got {got}")
         return log_ratio.view(z.shape[:2])
+
+    def score(self, z: Tensor) -> Tensor:
+        """∇ log r(z), a tensor of z's shape without a gradient of its own; z [..., *batch, *event]."""
+        own = getattr(type(self.classifier), "score", None)
+        gradient = own(self.classifier, z) if own is not None and self.context is None else None
+        return gradient_of(self.log_ratio, z) if gradient is None else gradient
 
     def unnormalized_log_prob(self, z: Tensor) -> Tensor:
         """log r(z) + log p(z), nats; [..., *batch]."""

@@ -5,7 +5,7 @@ Letters: B rows (independent sets of proposals), M proposals per row, n draws ke
 """
 
 from .base import Diagnostics, ReweightedDistribution, Sampler, SampleResult
-from .langevin import Langevin
+from .langevin import Langevin, gradient_of
 from .proposals import TILE, BaseDraws, base_draws
 from .sir import SIR, gather_states, skip_proposals
 
@@ -20,5 +20,6 @@ __all__ = [
     "Sampler",
     "base_draws",
     "gather_states",
+    "gradient_of",
     "skip_proposals",
 ]

@@ -1,14 +1,24 @@
 """Langevin dynamics on the energy of a reweighted distribution."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _random, ops
 from ..distributions import normal_parameters
-from .base import Diagnostics, ReweightedDistribution, SampleResult, check_number, check_positive_int, checked_shape
+from .base import (
+    Diagnostics,
+    ReweightedDistribution,
+    SampleResult,
+    check_bool,
+    check_number,
+    check_positive_int,
+    checked_shape,
+)
+from .graph import CUDARecorder, replayed
 
 
 @dataclass(frozen=True)
@@ -22,17 +32,22 @@ class Langevin:
             fused base gradient in the former, need a base with independent Normal coordinates; other bases are
             differentiated through `log_prob`.
         temperature: scales the noise's variance; 1 samples, 0 climbs to a mode.
+        cuda_graph: on a CUDA device, capture the steps as a CUDA graph and replay it, which spares small networks the
+            launch of every kernel. The samples are the same. The classifier must be in eval mode and do nothing that
+            a graph cannot hold, such as waiting for a value or drawing from a generator on the CPU.
     """
 
     num_steps: int = 1000
     step_size: float = 1e-2
     space: str = "z"
     temperature: float = 1.0
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         check_positive_int("Langevin", "num_steps", self.num_steps)
         check_number("Langevin", "step_size", self.step_size, strict=True)
         check_number("Langevin", "temperature", self.temperature)
+        check_bool("Langevin", "cuda_graph", self.cuda_graph)
         if self.space not in ("z", "epsilon"):
             raise ValueError(f"Langevin: space must be 'z' or 'epsilon', got {self.space!r}")
 
@@ -47,8 +62,10 @@ class Langevin:
 
         Raises:
             TypeError: for "epsilon" with a base that is not Normal with independent coordinates.
-            ValueError: where a chain leaves the finite numbers, with the advice to take smaller steps.
-            RuntimeError: under `torch.inference_mode()`, which forbids the gradients that the steps need.
+            ValueError: where a chain leaves the finite numbers, with the advice to take smaller steps; for
+                `cuda_graph` on another device or with a classifier in training mode.
+            RuntimeError: under `torch.inference_mode()`, which forbids the gradients that the steps need; for
+                `cuda_graph` where the steps cannot be captured.
         """
         start = time.perf_counter()
         shape = checked_shape("Langevin", distribution, shape)
@@ -61,21 +78,24 @@ class Langevin:
         with _random.scoped(generator):
             z = base.sample(shape).contiguous()
             seed = ops.draw_seed(z.device)
+        if self.cuda_graph:
+            _check_can_be_captured(distribution, z)
         log_ratio = distribution.log_ratio(z)
-        next_step = torch.tensor([0, 1], device=z.device)
         if self.space == "epsilon":
             assert normal is not None
             mean, std = normal
-            to_z, state = (lambda e: mean + std * e), (z - mean) / std
-            prior = {"base_mean": torch.zeros_like(std), "base_std": torch.ones_like(std)}
+            z = (z - mean) / std
+            self._run(
+                z,
+                seed,
+                lambda e: std * _score(distribution, mean + std * e),
+                (torch.zeros_like(std), torch.ones_like(std)),
+            )
+            z = mean + std * z
+        elif normal is not None:
+            self._run(z, seed, lambda v: _score(distribution, v), normal)
         else:
-            to_z, state = (lambda v: v), z
-            prior = {} if normal is None else {"base_mean": normal[0], "base_std": normal[1]}
-        for _ in range(self.num_steps):
-            score = self._score(distribution, to_z, state, with_base=normal is None)
-            ops.langevin_step_(state, score, seed, self.step_size, **prior, temperature=self.temperature)
-            seed = seed + next_step
-        z = to_z(state)
+            self._run(z, seed, lambda v: gradient_of(lambda u: distribution.log_ratio(u) + base.log_prob(u), v), None)
         if not torch.isfinite(z).all():
             raise ValueError(f"Langevin: a chain diverged; step_size must be smaller than {self.step_size} here")
         batch, count = distribution.batch_shape, shape.numel()
@@ -86,13 +106,41 @@ class Langevin:
             z, Diagnostics(base_draws.ess, log_normalizer, count, "num_steps", time.perf_counter() - start)
         )
 
-    @staticmethod
-    def _score(distribution: ReweightedDistribution, to_z, state: Tensor, with_base: bool) -> Tensor:
-        """∇ of log r, and of log base where the op does not add it, with respect to the chain's own variable."""
-        with torch.enable_grad():
-            state = state.detach().requires_grad_()
-            z = to_z(state)
-            log_p = distribution.log_ratio(z)
-            if with_base:
-                log_p = log_p + distribution.base.log_prob(z)
-            return torch.autograd.grad(log_p.sum(), state)[0].contiguous()
+    def _run(
+        self, state: Tensor, seed: Tensor, score: Callable[[Tensor], Tensor], normal: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """T steps of `state`, in place; `normal` is the base whose gradient the op adds to `score`."""
+        next_step = torch.tensor([0, 1], device=seed.device)
+        mean, std = normal or (None, None)
+
+        def step() -> None:
+            ops.langevin_step_(state, score(state).contiguous(), seed, self.step_size, mean, std, self.temperature)
+            seed.add_(next_step)
+
+        if self.cuda_graph:
+            replayed(step, self.num_steps, CUDARecorder(state.device))
+        else:
+            for _ in range(self.num_steps):
+                step()
+
+
+def gradient_of(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """∇ of the sum of `function`'s values with respect to z."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        values = function(z)
+        return torch.autograd.grad(values, z, torch.ones_like(values))[0]
+
+
+def _score(distribution: ReweightedDistribution, z: Tensor) -> Tensor:
+    """∇ log r(z), by the distribution's own `score` where it has one."""
+    own = getattr(distribution, "score", None)
+    return gradient_of(distribution.log_ratio, z) if own is None else own(z)
+
+
+def _check_can_be_captured(distribution: ReweightedDistribution, z: Tensor) -> None:
+    if z.device.type != "cuda":
+        raise ValueError(f"Langevin: cuda_graph needs a base on a CUDA device, got one on {z.device}")
+    classifier = getattr(distribution, "classifier", None)
+    if isinstance(classifier, nn.Module) and any(module.training for module in classifier.modules()):
+        raise ValueError("Langevin: cuda_graph needs the classifier in eval mode, got one in training mode")
