@@ -58,6 +58,8 @@ class MLPClassifier(Pretrained):
         return with_fused_children(self, MLPClassifier, dtype)
 
     def score(self, z: Tensor) -> Tensor | None:
+        _check_event("MLPClassifier", z, (self.latent_dim,), f"D = {self.latent_dim}")
+        _check_context("MLPClassifier", None, self.context_features, "E")
         return None if type(self).forward is not MLPClassifier.forward else mlp_gradient(self.network, z)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:

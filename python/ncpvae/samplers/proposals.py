@@ -57,6 +57,7 @@ class _NormalDraws:
             self.unit //= 2  # stays a divisor of the tile, so that no unit straddles the end of a chunk
         self.zeros, self.held = mean.new_zeros(self.unit, *draw), mean.new_empty(0, *draw)
         self.seed, self.next_tile = ops.draw_seed(mean.device), 0
+        self.next_stream = torch.tensor([0, 1], device=mean.device)
 
     @property
     def like(self) -> Tensor:
@@ -68,7 +69,7 @@ class _NormalDraws:
             self.held = self.mean.new_empty(count, *self.held.shape[1:])
         number = self.next_tile * (TILE // self.unit)
         for unit in self.held[:count].split(self.unit):
-            zeros, seed = self.zeros[: len(unit)], self.seed + self.seed.new_tensor([0, number])
+            zeros, seed = self.zeros[: len(unit)], torch.add(self.seed, self.next_stream, alpha=number)
             torch.addcmul(self.mean, ops.langevin_step(zeros, zeros, seed, 1.0), self.std, out=unit)
             number += 1
         self.skip(count)
