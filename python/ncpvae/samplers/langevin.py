@@ -17,6 +17,7 @@ from .base import (
     check_number,
     check_positive_int,
     checked_shape,
+    keep_freed_memory,
 )
 from .graph import CUDARecorder, replayed
 
@@ -80,6 +81,7 @@ class Langevin:
             seed = ops.draw_seed(z.device)
         if self.cuda_graph:
             _check_can_be_captured(distribution, z)
+        keep_freed_memory()
         log_ratio = distribution.log_ratio(z)
         if self.space == "epsilon":
             assert normal is not None

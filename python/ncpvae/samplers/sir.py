@@ -18,6 +18,7 @@ from .base import (
     check_number,
     check_positive_int,
     checked_shape,
+    keep_freed_memory,
 )
 from .proposals import TILE, BaseDraws, base_draws
 
@@ -103,7 +104,7 @@ class SIR:
         call = f"{self} for {list(shape)} × {list(batch)} × {list(distribution.event_shape)}"
         _distributed.check_alike("SIR", ranks.gather({"the call": call}))
         distribution = _fused(distribution, self.dtype)
-        _keep_freed_memory()
+        keep_freed_memory()
         with _random.scoped(generator):
             blocks = [self._block(distribution, min(per_block, sets - i)) for i in range(0, sets, per_block)]
         z = torch.cat([z for z, *_ in blocks])  # [sets, n, *batch, *event]
@@ -231,15 +232,6 @@ def _fused(distribution: ReweightedDistribution, dtype: torch.dtype | None) -> R
             f"got {type(distribution).__name__}"
         )
     return distribution
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what the classifier's layers free instead of asking the system for it again at every layer.
-
-    It returns freed memory beyond a threshold, which rises when a larger block, of up to 32 MiB, is freed. This one
-    is never written to and so takes no memory.
-    """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
 
 
 def _fold(
