@@ -72,9 +72,10 @@ def sir(shard_proposals):
     conditional = NoiseContrastivePrior(base, counted_prior().classifier)
     context = torch.tensor([0.5, 1.0, 2.0])[:, None]
     results["contexts"] = sampled(conditional, cases["shared sets"], context)
-    held, samplers.MAX_ELEMENTS_HELD = samplers.MAX_ELEMENTS_HELD, 3 * 2 * samplers.TILE  # three sets in a block
+    held = samplers.sir.MAX_ELEMENTS_HELD
+    samplers.sir.MAX_ELEMENTS_HELD = 3 * 2 * samplers.TILE  # three sets in a block
     results["blocks"] = sampled(counted_prior(), cases["min_ess"])
-    samplers.MAX_ELEMENTS_HELD = held
+    samplers.sir.MAX_ELEMENTS_HELD = held
     return results
 
 

@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from scipy import stats
 from torch.distributions import MultivariateNormal
 from toy import LOG_Z, MEAN, STD, ExactRatio, exact_prior, expected_ess_fraction
 
-from ncpvae import SIR, Langevin, NoiseContrastivePrior, Normal
+from ncpvae import SIR, Langevin, MLPClassifier, NoiseContrastivePrior, Normal, ResidualClassifier, samplers
 from ncpvae.distributions import diagonal_normal
+from ncpvae.samplers.graph import STEPS_PER_GRAPH, WARM_UP, replayed
 
 
 def test_sir_draws_from_the_target():
@@ -137,6 +139,182 @@ def test_langevin_leaves_no_gradient_behind():
     assert all(p.grad is None for p in prior.parameters())
 
 
+def normal_base():
+    return diagonal_normal(torch.tensor([3.0, -1.0]), torch.tensor([0.5, 2.0]))
+
+
+def test_a_normal_base_is_drawn_with_its_mean_and_std():
+    torch.manual_seed(1)
+    z = samplers.base_draws(normal_base(), (5,)).draw(4000)
+    assert z.shape == (4000, 5, 2)
+    for coordinate, (mean, std) in zip(z.flatten(0, 1).T, [(3.0, 0.5), (-1.0, 2.0)], strict=True):
+        assert stats.kstest(coordinate, "norm", args=(mean, std)).pvalue > 1e-4
+    tiles = ((z - normal_base().mean) / normal_base().stddev)[:3072].view(3, -1)
+    assert torch.corrcoef(tiles).fill_diagonal_(0).abs().max() < 0.05  # no tile repeats another's noise
+    assert len(z.flatten(0, 1).unique(dim=0)) == 20_000
+
+
+class _OwnNormal(torch.distributions.Normal):
+    """Draws in a way of its own: always its mean."""
+
+    def sample(self, sample_shape=()):
+        return self.loc.expand(*sample_shape, *self.loc.shape)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        normal_base(),
+        diagonal_normal(torch.zeros(40, 64, 128), torch.ones(40, 64, 128), 3),  # one proposal is more than a unit
+        MultivariateNormal(torch.zeros(2), torch.eye(2)),
+    ],
+    ids=["Normal", "large Normal", "MultivariateNormal"],
+)
+def test_base_draws_depend_neither_on_chunks_nor_on_what_was_skipped(base):
+    torch.manual_seed(1)
+    draws = samplers.base_draws(base, (3,))
+    if base.event_shape.numel() < 100:
+        counts = (2048, 1024, 10)
+        whole = draws.draw(sum(counts)).clone()
+    else:  # lengths below a tile are chunks, each of which begins another tile
+        counts = (2, 1, 1)
+        whole = torch.cat([draws.draw(count).clone() for count in counts])
+    torch.manual_seed(1)
+    draws = samplers.base_draws(base, (3,))
+    first = draws.draw(counts[0]).clone()
+    draws.skip(counts[1])
+    assert torch.equal(whole[: counts[0]], first)
+    assert torch.equal(whole[-counts[2] :], draws.draw(counts[2]))
+
+
+def test_a_class_of_ones_own_draws_in_its_own_way():
+    z = samplers.base_draws(torch.distributions.Independent(_OwnNormal(torch.ones(2), torch.ones(2)), 1)).draw(5)
+    assert torch.equal(z, torch.ones(5, 2))
+
+
+def mlp_prior(dim=4):
+    torch.manual_seed(2)
+    prior = NoiseContrastivePrior(Normal(dim), MLPClassifier(dim, (32, 32)))
+    for parameter in prior.classifier.parameters():
+        parameter.data *= 2
+    return prior
+
+
+class _Centred(torch.nn.Module):
+    """A classifier of one's own, with a buffer, BatchNorm and float32 numbers made in `forward`."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.full((4,), 0.1))
+        self.norm, self.linear = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
+
+    def forward(self, z, context=None):
+        flat = (z - self.centre).reshape(-1, 4)
+        return (self.linear(self.norm(flat) + torch.zeros(4)) * 3).squeeze(-1).view(z.shape[:-1])
+
+
+@pytest.mark.parametrize("classifier", ["mlp", "own", "residual"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_chooses_among_the_same_draws(classifier, dtype):
+    prior = mlp_prior()
+    if classifier == "own":
+        prior = NoiseContrastivePrior(Normal(4), _Centred())
+    if classifier == "residual":
+        prior = NoiseContrastivePrior(Normal((4, 4, 4)), ResidualClassifier(4, 8, blocks=1))
+    before = {name: value.clone() for name, value in prior.classifier.state_dict().items()}
+    sampler = SIR(200 if classifier == "residual" else 2000)
+    exact, rounded = (
+        replace(sampler, dtype=d).sample(prior(), (100,), torch.Generator().manual_seed(4)) for d in (None, dtype)
+    )
+    same = (exact.z == rounded.z).flatten(1).all(1)
+    assert rounded.z.dtype == torch.float32 and same.float().mean() > 0.6  # none would be if the z were rounded too
+    d, e = rounded.diagnostics, exact.diagnostics
+    assert float(d.ess.mean()) == pytest.approx(float(e.ess.mean()), rel=0.03)
+    assert float(d.log_normalizer) == pytest.approx(float(e.log_normalizer), abs=0.02)
+    for name, value in prior.classifier.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+
+
+class _Bare:
+    """A distribution with no more than samplers need."""
+
+    base, batch_shape, event_shape = diagonal_normal(torch.zeros(2), torch.ones(2)), torch.Size(), torch.Size([2])
+
+    def log_ratio(self, z):
+        return ExactRatio()(z)
+
+
+def test_a_distribution_needs_no_more_than_the_protocol():
+    for sampler in (SIR(2000), Langevin(200, 0.05)):
+        z = sampler.sample(_Bare(), (2000,)).z
+        assert stats.kstest(z[:, 0], "norm", args=(MEAN, STD)).pvalue > 1e-4
+    with pytest.raises(TypeError, match=r"SIR: dtype needs a distribution that has fused\(dtype\).*got _Bare"):
+        SIR(10, dtype=torch.bfloat16).sample(_Bare())
+
+
+class _StandIn:
+    """A recorder that keeps the work and counts how often it is replayed."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def warm_up(self, work):
+        work()
+
+    def capture(self, work):
+        def replay():
+            self.replays += 1
+            work()
+
+        return replay
+
+
+@pytest.mark.parametrize("num_steps", [1, WARM_UP, WARM_UP + 1, WARM_UP + STEPS_PER_GRAPH, 127])
+def test_replays_make_up_the_number_of_steps(num_steps):
+    done, recorder = [], _StandIn()
+    replayed(lambda: done.append(None), num_steps, recorder)
+    assert len(done) == num_steps
+    assert recorder.replays == max(0, num_steps - WARM_UP) // STEPS_PER_GRAPH
+
+
+@pytest.mark.parametrize("space", ["z", "epsilon"])
+def test_a_captured_chain_works_on_the_same_memory_to_the_same_end(monkeypatch, space):
+    """What the stand-in replays is the work itself; it would be seen if a step left its state in new memory."""
+    prior, generator = mlp_prior(), lambda: torch.Generator().manual_seed(3)
+    eager = Langevin(34, 0.05, space=space).sample(prior(), (5,), generator()).z
+    recorder = _StandIn()
+    monkeypatch.setattr("ncpvae.samplers.langevin.CUDARecorder", lambda device: recorder)
+    monkeypatch.setattr("ncpvae.samplers.langevin._check_can_be_captured", lambda distribution, z: None)
+    graph = Langevin(34, 0.05, space=space, cuda_graph=True).sample(prior(), (5,), generator()).z
+    assert torch.equal(eager, graph) and recorder.replays == (34 - WARM_UP) // STEPS_PER_GRAPH
+
+
+def test_what_cannot_be_captured_is_named():
+    class Refusing(_StandIn):
+        def capture(self, work):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with pytest.raises(RuntimeError, match=r"Langevin: cuda_graph cannot hold a step.*stream is capturing$"):
+        replayed(lambda: None, 100, Refusing())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("space", ["z", "epsilon"])
+@pytest.mark.parametrize("classifier", [MLPClassifier(64, (32,)), ResidualClassifier(4, 8, blocks=1)])
+def test_cuda_graph_gives_the_chain_of_the_eager_loop_bit_for_bit(space, classifier):
+    shape = 64 if isinstance(classifier, MLPClassifier) else (4, 4, 4)
+    prior = NoiseContrastivePrior(Normal(shape), classifier).cuda()
+    eager, graph = (
+        Langevin(57, 0.01, space, cuda_graph=c).sample(prior(), (9,), torch.Generator().manual_seed(1)).z
+        for c in (False, True)
+    )
+    assert torch.equal(eager, graph)
+    prior.classifier.train()
+    with pytest.raises(ValueError, match="Langevin: cuda_graph needs the classifier in eval mode"):
+        Langevin(5, cuda_graph=True).sample(prior())
+
+
 class _Flat(torch.nn.Module):
     def forward(self, z, context=None):
         return (0 * z).sum(-1)
@@ -180,6 +358,14 @@ class _Standardised(torch.nn.Module):
             lambda: SIR(10).sample(exact_prior()),
             TypeError,
             "SIR: distribution must have base.*got NoiseContrastivePrior",
+        ),
+        (lambda: SIR(10, dtype=torch.int8), ValueError, "SIR: dtype must be torch.bfloat16, .* got torch.int8"),
+        (lambda: SIR(10, dtype="bf16"), ValueError, "SIR: dtype must be torch.bfloat16, .* got bf16"),
+        (lambda: Langevin(5, cuda_graph=1), TypeError, "Langevin: cuda_graph must be a bool, got int"),
+        (
+            lambda: Langevin(5, cuda_graph=True).sample(exact_prior()()),
+            ValueError,
+            "Langevin: cuda_graph needs a base on a CUDA device, got one on cpu",
         ),
         (lambda: Langevin(5, "a"), TypeError, "Langevin: step_size must be a number, got str"),
         (

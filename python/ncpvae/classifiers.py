@@ -2,6 +2,11 @@
 
 A classifier is any module (z, context=None) → log r that maps z [..., *event] to [...]. With a context [B, …] the
 leading dimension of z is B: z [B, *event] or, M proposals per context, z [B, M, *event].
+
+A classifier may have a method `fused(dtype)`, which returns the same function in a form that is faster to evaluate
+many times without gradients (see `nn.fused`), and a method `widest(event)`, the number of elements of its largest
+activation for one z, by which proposals are cut into pieces that stay in the processor's cache. A
+method `score(z)` may return ∇ log r(z) by a faster way than autograd, or None; it is asked where there is no context.
 """
 
 from collections.abc import Sequence
@@ -10,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .nn import ResidualCell, mlp
+from .nn import Remembered, ResidualCell, mlp, mlp_gradient, with_fused_children
 from .pretrained import Pretrained
 
 
@@ -48,6 +53,14 @@ class MLPClassifier(Pretrained):
         super().__init__()
         self.latent_dim, self.context_features = latent_dim, context_features
         self.network = mlp([latent_dim + context_features, *hidden, 1], activation)
+
+    def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
+        return with_fused_children(self, MLPClassifier, dtype)
+
+    def score(self, z: Tensor) -> Tensor | None:
+        _check_event("MLPClassifier", z, (self.latent_dim,), f"D = {self.latent_dim}")
+        _check_context("MLPClassifier", None, self.context_features, "E")
+        return None if type(self).forward is not MLPClassifier.forward else mlp_gradient(self.network, z)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         _check_event("MLPClassifier", z, (self.latent_dim,), f"D = {self.latent_dim}")
@@ -91,6 +104,16 @@ class ResidualClassifier(Pretrained):
             cells.append(ResidualCell(width, downsample=True))
         self.cells = nn.Sequential(*cells)
         self.logit = nn.Linear(4 * channels, 1)
+
+    def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """See the head of the module. The part of the first convolution that is over the context is done once."""
+        twin = with_fused_children(self, ResidualClassifier, dtype)
+        if twin is not self and twin.context_stem is not None:
+            twin._modules["context_stem"] = Remembered(twin.context_stem)
+        return twin
+
+    def widest(self, event: torch.Size) -> int:
+        return self.stem.out_channels * event[1:].numel()
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         _check_event("ResidualClassifier", z, (self.in_channels, None, None), f"C = {self.in_channels}, H, W")

@@ -3,7 +3,9 @@
 A classifier told draws of the aggregate posterior q(z) from draws of the base prior p(z); its logit is log r.
 """
 
+import copy
 import math
+from contextlib import nullcontext
 from functools import reduce
 from typing import ClassVar, NamedTuple
 
@@ -13,11 +15,13 @@ from torch.distributions import Distribution, constraints
 
 from .. import _distributed, _random, ops
 from ..distributions import temper
+from ..nn import fused
 from ..pretrained import Pretrained
-from ..samplers import SIR, TILE, Langevin, gather_states, skip_proposals
+from ..samplers import SIR, TILE, Langevin, base_draws, gather_states, gradient_of, skip_proposals
 
 ROWS_AT_ONCE = 1 << 14  # z given to the classifier at a time where no gradient is kept …
-ELEMENTS_AT_ONCE = 1 << 22  # … and fewer where they are large
+ELEMENTS_AT_ONCE = 1 << 22  # … and fewer where they are large …
+CACHE_BYTES = 1 << 22  # … and on a CPU as many as keep the largest activation in the second- and third-level cache
 SNIS_SETS = 16  # independent sets of proposals in one call of snis_log_prob
 
 
@@ -71,6 +75,7 @@ class NoiseContrastive(Distribution):
                 f"got {tuple(base.batch_shape)}; make it depend on the context, or expand it"
             )
         self.base, self.classifier, self.context, self.log_normalizer = base, classifier, context, log_normalizer
+        self.dtype: torch.dtype | None = None  # of the classifier's products, by autocast; see `fused`
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def log_ratio(self, z: Tensor) -> Tensor:
@@ -85,15 +90,33 @@ class NoiseContrastive(Distribution):
         if z.shape[z.dim() - len(event) :] != event:
             raise ValueError(f"log_ratio: z must be [..., {', '.join(map(str, event))}], got shape {tuple(z.shape)}")
         leading = z.shape[: z.dim() - len(event)]
-        at_once = min(ROWS_AT_ONCE, max(1, ELEMENTS_AT_ONCE // event.numel()))
         if self.context is not None:  # the classifier wants the context's B first: [B, M, *event]
             rows = z.reshape(-1, *z.shape[len(leading) - 1 :]).movedim(0, 1)
-            return self._in_parts(rows, max(1, at_once // len(rows))).T.reshape(leading)
-        return self._in_parts(z.reshape(1, -1, *event), at_once)[0].view(leading)
+            return self._in_parts(rows).T.reshape(leading)
+        return self._in_parts(z.reshape(1, -1, *event))[0].view(leading)
 
-    def _in_parts(self, z: Tensor, at_once: int) -> Tensor:
-        """z [B, M, *event] → [B, M], `at_once` of the M at a time unless gradients are wanted."""
-        parts = (z,) if torch.is_grad_enabled() else z.split(at_once, dim=1)
+    def fused(self, dtype: torch.dtype | None = None) -> "NoiseContrastive":
+        """The same distribution with its classifier in the form that is fastest to evaluate without gradients.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16, of the classifier's matrix products and convolutions, by autocast.
+        """
+        twin = copy.copy(self)
+        twin.classifier, twin.dtype = fused(self.classifier, dtype), dtype
+        return twin
+
+    def _rows_at_once(self, z: Tensor) -> int:
+        event = self.event_shape
+        rows = min(ROWS_AT_ONCE, ELEMENTS_AT_ONCE // event.numel())
+        if z.device.type == "cpu":
+            rows = min(rows, CACHE_BYTES // (widest(self.classifier, event) * (self.dtype or z.dtype).itemsize))
+        return max(1, rows)
+
+    def _in_parts(self, z: Tensor) -> Tensor:
+        """z [B, M, *event] → [B, M], a bounded number of rows at a time unless gradients are wanted."""
+        if torch.is_grad_enabled():
+            return self._classify(z)
+        parts = z.split(max(1, self._rows_at_once(z) // len(z)), dim=1)
         return torch.cat([self._classify(part) for part in parts], dim=1)
 
     def _classify(self, z: Tensor) -> Tensor:
@@ -101,7 +124,8 @@ class NoiseContrastive(Distribution):
         inputs = (z[0],) if self.context is None else (z, self.context)
         expected = inputs[0].shape[: inputs[0].dim() - len(self.event_shape)]
         try:
-            log_ratio = self.classifier(*inputs)
+            with nullcontext() if self.dtype is None else torch.autocast(z.device.type, self.dtype):
+                log_ratio = self.classifier(*inputs)
         except torch.OutOfMemoryError:  # a RuntimeError too, but not one about shapes
             raise
         except (RuntimeError, IndexError) as error:
@@ -111,6 +135,12 @@ class NoiseContrastive(Distribution):
             got = tuple(log_ratio.shape) if isinstance(log_ratio, Tensor) else type(log_ratio).__name__
             raise ValueError(f"classifier must return one logit per z, shape {tuple(expected)}, got {got}")
         return log_ratio.view(z.shape[:2])
+
+    def score(self, z: Tensor) -> Tensor:
+        """∇ log r(z), a tensor of z's shape without a gradient of its own; z [..., *batch, *event]."""
+        own = getattr(type(self.classifier), "score", None)
+        gradient = own(self.classifier, z) if own is not None and self.context is None else None
+        return gradient_of(self.log_ratio, z) if gradient is None else gradient
 
     def unnormalized_log_prob(self, z: Tensor) -> Tensor:
         """log r(z) + log p(z), nats; [..., *batch]."""
@@ -157,20 +187,24 @@ class NoiseContrastive(Distribution):
             raise ValueError(f"estimate_log_normalizer: the base must have no batch, got {tuple(self.batch_shape)}")
         state, ranks = None, _distributed.ranks(distributed)
         with _random.scoped(generator), ranks.failing_together("estimate_log_normalizer"):
+            draws, fast = base_draws(self.base), self.fused()
             for number, start in enumerate(range(0, num_samples, 16 * TILE)):
-                z = self.base.sample((min(16 * TILE, num_samples - start),))
+                count = min(16 * TILE, num_samples - start)
+                z = draws.draw(count) if number % ranks.size == ranks.rank else None
+                if z is None:
+                    draws.skip(count)
                 if state is None:
-                    state, seed = ops.sir_state(1, device=z.device), ops.draw_seed(z.device)
-                if number % ranks.size == ranks.rank:
-                    state = ops.sir_update(state, self.log_ratio(z)[None], seed)
+                    state, seed = ops.sir_state(1, device=draws.like.device), ops.draw_seed(draws.like.device)
+                if z is None:
+                    state = skip_proposals(state, count)
                 else:
-                    state = skip_proposals(state, len(z))
+                    state = ops.sir_update(state, fast.log_ratio(z)[None], seed)
         assert state is not None
         if ranks.size > 1:
             drawn = {
                 "num_samples": num_samples,
                 "the generator's draw": seed.tolist(),
-                "the base": _distributed.fingerprint(z[-1]),
+                "the base": draws.fingerprint(),
             }
             state = reduce(ops.sir_merge, gather_states("estimate_log_normalizer", ranks, state, drawn))
         value, ess = float(state.log_mean_weight), float(state.ess)
@@ -231,6 +265,18 @@ class NoiseContrastive(Distribution):
                 f"sample: sampler must be a sampler such as SIR() or Langevin(), got {type(sampler).__name__}"
             )
         return sampler.sample(self.tempered(temperature), sample_shape, generator).z
+
+
+def widest(classifier: nn.Module, event: torch.Size) -> int:
+    """Elements of the classifier's largest activation for one z, or an upper bound where it does not say."""
+    own = getattr(classifier, "widest", None)
+    if callable(own):
+        return own(event)
+    layers = [event.numel()]
+    for layer in classifier.modules():
+        layers.append(getattr(layer, "out_features", 1))
+        layers.append(getattr(layer, "out_channels", 1) * event[1:].numel())
+    return max(layers)
 
 
 class NoiseContrastivePrior(Pretrained):
