@@ -27,7 +27,7 @@ template <typename A>
 inline void exponentiate_lanes(const A* w, A origin, A* e, Lanes<A>& total, Lanes<A>& squares) {
 #pragma GCC unroll 8
   for (int64_t p = 0; p < total.parts; ++p) {
-    const Vector<A> value = exp_nonpositive(load(w + p * total.width) - origin);
+    const Vector<A> value = rough_exp_nonpositive(load(w + p * total.width) - origin);
     store(e + p * total.width, value);
     total.part[p] += value;
     squares.part[p] += value * value;

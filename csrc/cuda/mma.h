@@ -111,12 +111,6 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return word;
 }
 
-// 2^x to 2 units in the last place; results below 2^-126 are zero.
-__device__ __forceinline__ float exp2_approximately(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
 // a · b, never fused with an addition that follows.
 __device__ __forceinline__ float multiply_and_round(float a, float b) { return __fmul_rn(a, b); }
 

@@ -218,9 +218,6 @@ __device__ __forceinline__ void for_each_dot(const Source<float>& own, const Sou
   }
 }
 
-// exp(x): the error relative to the result is about that of rounding x to float32.
-__device__ __forceinline__ float fast_exp(float x) { return instruction::exp2_approximately(x * 1.44269504f); }
-
 // ---- host ----------------------------------------------------------------------------------------------------
 
 template <typename T>

@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 namespace ncpvae::cuda::instruction {
 
@@ -127,21 +126,30 @@ struct Copy {
   const uint32_t* from;
   int words;
 };
-inline std::vector<Copy> copies[1024];
+constexpr int kMostCopies = 256;  // that a thread may have under way: no heap, whose blocks would pass between threads
+inline Copy copies[1024][kMostCopies];
+inline int copies_under_way[1024];
 
 template <int bytes>
-void copy_async(void* to, const void* from, bool exists) {
+NCPVAE_MACHINE void copy_async(void* to, const void* from, bool exists) {
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
     emulation::fail("cp.async from or to an unaligned address");
   }
-  copies[threadIdx.x].push_back(
-      {static_cast<uint32_t*>(to), exists ? static_cast<const uint32_t*>(from) : nullptr, bytes / 4});
+  int& count = copies_under_way[threadIdx.x];
+  if (count == kMostCopies) emulation::fail("more copies under way than the stand-in has room for");
+  copies[threadIdx.x][count++] = {static_cast<uint32_t*>(to), exists ? static_cast<const uint32_t*>(from) : nullptr,
+                                  bytes / 4};
 }
+NCPVAE_MACHINE inline int number_of_copies() { return copies_under_way[threadIdx.x]; }
+NCPVAE_MACHINE inline Copy copy_number(int number) { return copies[threadIdx.x][number]; }
+NCPVAE_MACHINE inline void forget_copies() { copies_under_way[threadIdx.x] = 0; }
+
 inline void wait_for_copies() {
-  for (const Copy& copy : copies[threadIdx.x]) {
+  for (int c = 0; c < number_of_copies(); ++c) {
+    const Copy copy = copy_number(c);
     for (int i = 0; i < copy.words; ++i) copy.to[i] = copy.from == nullptr ? 0 : copy.from[i];
   }
-  copies[threadIdx.x].clear();
+  forget_copies();
 }
 
 inline uint32_t round_to_tf32(float value) {
@@ -157,10 +165,6 @@ inline uint32_t pack_bf16(float low, float high) {
 inline uint32_t pack_f16(float low, float high) {
   const torch::headeronly::Half first(low), second(high);
   return first.x | static_cast<uint32_t>(second.x) << 16;
-}
-inline float exp2_approximately(float x) {
-  const float result = std::exp2(x);
-  return result < std::numeric_limits<float>::min() ? 0 : result;
 }
 inline float multiply_and_round(float a, float b) { return a * b; }
 

@@ -303,7 +303,7 @@ def test_gradient_error_is_bounded_by_eager(scale, shape, dtype, device, assert_
     truth = gradients(dense, double(*inputs), cotangents)
     for one, two, three in zip(got, eager, truth, strict=True):
         assert one.dtype == dtype
-        assert_accurate(one, two, three, dtype, units=4)
+        assert_accurate(one, two, three, dtype, units=4 if scale < 100 else 16)  # the scores' own digits end
 
 
 # one less, just as many and one more than the rows, columns and dimensions that kernels take together
