@@ -72,6 +72,9 @@ def _resampling(case: Case, device: torch.device) -> Workload:
         peers={
             "eager_all_at_once": lambda: eager(all_at_once, B * M),
             "eager_row_by_row": lambda: eager(row_by_row, M),
+            "ncpvae_bfloat16": lambda: (
+                lambda: distribution.sample(shape, sampler=SIR(num_proposals=M, dtype=torch.bfloat16))
+            ),
             # A further way of sampling that is to be compared is a line here: name → what makes the function.
         },
         unit="proposal",

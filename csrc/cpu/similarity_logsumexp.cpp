@@ -187,7 +187,7 @@ class Backward {
             dscale[n / kRowBlock] += score_gradients(score, n, rows, j, columns);
             const auto pull = j == 0 ? product<false, kPitch, 1, A> : product<true, kPitch, 1, A>;
             pull(score, x_rows.get() + j * kPanel<A>, kPanel<A> * x.size, columns, dz.get() + n * padded, padded, rows,
-                 padded);
+                 D);
           }
         }
       }
@@ -202,7 +202,7 @@ class Backward {
         const int64_t j = first_column + task * kPulledColumns, columns = std::min(last_column - j, kPulledColumns);
         const auto pull = first == 0 ? product<false, 1, kPitch, A> : product<true, 1, kPitch, A>;
         pull(tile(0, j - first_column), z_rows.get() + first * kPanel<A>, kPanel<A> * z.size, last - first,
-             dx.get() + j * padded, padded, columns, padded);
+             dx.get() + j * padded, padded, columns, D);
       }
     });
   }
