@@ -138,15 +138,18 @@ inline void product_block(const A* a, const A* b, int64_t depth, A* c, int64_t c
   }
 }
 
-// The same for a panel of b and any number of rows. Up to three rows more are computed.
+// The same for a panel of b and any number of rows. One row more is computed where that number is odd.
 template <bool kAdd, int64_t vectors, int64_t a_row, int64_t a_depth, typename A>
 inline void product_panel(const A* a, const A* b, int64_t depth, A* c, int64_t c_stride, int64_t rows) {
   int64_t i = 0;
   for (; i + kProductRows <= rows; i += kProductRows) {
     product_block<kAdd, kProductRows, vectors, a_row, a_depth>(a + i * a_row, b, depth, c + i * c_stride, c_stride);
   }
-  for (; i < rows; i += 4) {
+  for (; i + 4 <= rows; i += 4) {
     product_block<kAdd, 4, vectors, a_row, a_depth>(a + i * a_row, b, depth, c + i * c_stride, c_stride);
+  }
+  for (; i < rows; i += 2) {
+    product_block<kAdd, 2, vectors, a_row, a_depth>(a + i * a_row, b, depth, c + i * c_stride, c_stride);
   }
 }
 
