@@ -168,7 +168,7 @@ template <typename T>
 using Vector = typename VectorOf<T>::type;
 
 
-// The same within 2 + |x| ulp, about what rounding x may have cost, two steps shorter.
+// The same within 2 + 1.25 |x| ulp, about what rounding x may have cost, two steps shorter.
 inline Vector<float> rough_exp_nonpositive(Vector<float> x) {
   return exp_nonpositive_as<float, Vector<uint32_t>, false>(x);
 }
