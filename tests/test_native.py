@@ -86,5 +86,7 @@ def test_cpu_kernels_under_sanitizers(level, levels):
     sources = sorted((compiler.CSRC / "cpu").glob("*.cpp"))
     objects = compiler.in_parallel(lambda path: compiler.compile_object(path, flags, [compiler.CSRC]), sources)
     library = compiler.link_kernels("sanitized-cpu", objects, compiler.ADDRESS_SANITIZER)
-    run = emulation.run_tests([library], "tests/ops", "-k", "matches or gradient_error or in_place or edge", flavour="address")
+    run = emulation.run_tests(
+        [library], "tests/ops", "-k", "matches or gradient_error or in_place or edge", flavour="address"
+    )
     emulation.assert_passed(run, at_least=200)

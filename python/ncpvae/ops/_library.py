@@ -49,15 +49,18 @@ def call(op: torch._ops.OpOverload, *arguments):
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*arguments)
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
         raise NotImplementedError(f"{op.name()}: forward-mode gradients are not implemented, use reverse mode")
     if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor.requires_grad:
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor) and argument.requires_grad:
                 return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+def _has_tangent(argument: object) -> bool:
+    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 def load_native() -> None:
