@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -96,7 +97,7 @@ def build(run: Run) -> dict:
 
 
 def _pytest(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "tests/ops", "-m", "cuda", "-q", *arguments]
+    return [sys.executable, "-m", "pytest", "tests/ops", "tests/test_samplers.py", "-m", "cuda", "-q", *arguments]
 
 
 def _counts(output: str) -> dict[str, int]:
@@ -127,11 +128,14 @@ def sanitizer(tool: str) -> Callable[[Run], dict]:
 
 
 def benchmarks(run: Run) -> dict:
-    """Every file that `make bench` runs; the JSON lines that they print are records."""
+    """Every file that `make bench` runs; the JSON lines that they write are records, also those before a failure."""
     records, failed = [], {}
     for file in sorted((ROOT / "benchmarks").glob("bench_*.py")):
-        status, output = run([sys.executable, f"benchmarks/{file.name}"])
-        records += [record for line in output.splitlines() if (record := _json_object(line))]
+        with tempfile.TemporaryDirectory() as folder:
+            lines = Path(folder) / "records.jsonl"
+            status, output = run([sys.executable, f"benchmarks/{file.name}", "--output", str(lines)])
+            text = lines.read_text() if lines.exists() else ""
+        records += [record for line in text.splitlines() if (record := _json_object(line))]
         if status:
             failed[file.name] = output[-TAIL:]
     return {"ok": not failed and bool(records), "records": records, "failed": failed}

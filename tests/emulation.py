@@ -47,7 +47,7 @@ def build(flavour: str = "plain", csrc: Path = compiler.CSRC, machine_flags: tup
 
 
 def environment(libraries: list[Path], flavour: str = "plain") -> dict[str, str]:
-    """For a pytest with `-p kernels_under_test`."""
+    """For a pytest with `-p emulated_kernels`."""
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
@@ -60,7 +60,7 @@ def environment(libraries: list[Path], flavour: str = "plain") -> dict[str, str]
 
 def pytest_command(*arguments: str) -> list[str]:
     # --capture=sys leaves what a sanitizer writes to stderr where it can be seen although the process ends at once.
-    plugins = ["-p", "kernels_under_test", "-p", "no:cacheprovider"]
+    plugins = ["-p", "emulated_kernels", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", *plugins, "--capture=sys", "-q", *arguments]
 
 
