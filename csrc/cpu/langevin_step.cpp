@@ -15,9 +15,9 @@
 namespace ncpvae {
 namespace {
 
-constexpr int64_t kChunk = 256;      // elements that a thread works on at a time, in the first-level cache
+constexpr int64_t kChunk = 256;          // elements that a thread works on at a time, in the first-level cache
 constexpr int64_t kBlocks = kChunk / 4;  // of four Normals
-constexpr int64_t kChunkGrain = 16;  // chunks worth a thread of their own
+constexpr int64_t kChunkGrain = 16;      // chunks worth a thread of their own
 constexpr int64_t kMaxDims = 64;
 
 typedef Vector<uint64_t> Wide;  // 32-bit words in 64-bit lanes; what the upper halves hold does not matter
