@@ -28,7 +28,10 @@ from torch.overrides import TorchFunctionMode
 
 #: the classes that a description may name, by the module they are in
 CLASSES = {
-    "vae": ("VAE", "GaussianEncoder", "MLPEncoder", "MLPDecoder", "ConvEncoder", "ConvDecoder"),
+    "vae": (
+        *("VAE", "GaussianEncoder", "MLPEncoder", "MLPDecoder", "ConvEncoder", "ConvDecoder"),
+        *("StackedConvEncoder", "StackedConvDecoder"),
+    ),
     "distributions": ("BernoulliLikelihood", "BinomialLikelihood", "NormalLikelihood"),
     "classifiers": ("MLPClassifier", "ResidualClassifier"),
     "priors": ("Normal", "GaussianMixture", "NoiseContrastivePrior"),

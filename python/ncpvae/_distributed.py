@@ -107,6 +107,32 @@ def ranks(shared: bool = True) -> Ranks:
     return Ranks(rank(), world_size()) if shared else Ranks(0, 1)
 
 
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows; backward, a rank's rows get what every rank's loss has to say about them."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        ctx.first, ctx.count = rank() * len(rows), len(rows)
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.first : ctx.first + ctx.count]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """[N, …] on each rank → [W·N, …], in order of rank; N must be the same everywhere.
+
+    It is differentiable. When every rank's loss is a mean over its own rows and gradients are averaged over the
+    ranks, as DistributedDataParallel does, they are those of the mean over all rows.
+    """
+    return rows if world_size() == 1 else _GatherRows.apply(rows)
+
+
 def check_alike(owner: str, parts: Sequence[Mapping[str, object]]) -> None:
     """Every rank's part of a `gather` names the same values.
 

@@ -31,6 +31,12 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Seque
     return nn.Sequential(*layers)
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """x in float32 where autocast made it shorter: densities and divergences lose too much in 16 bits."""
+    shorter = x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type)
+    return x.float() if shorter else x
+
+
 def mlp_gradient(network: nn.Sequential, x: Tensor) -> Tensor | None:
     """The gradient of the sum of an `mlp`'s outputs with respect to x, without autograd.
 

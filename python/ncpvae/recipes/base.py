@@ -5,16 +5,83 @@ docstring says where each number comes from and what the source leaves open.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..train import Execution
+from ..critics import Critic, HybridCritic, SelfCritic
+from ..objectives import FreeBits, cyclical_annealing, linear_annealing
+from ..train import Aggressive, Execution, adamw
 from ..train.engine import Schedule
 from ..train.execution import check_count, check_positive
 from ..vae import VAE
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    """The contrastive critic of stage one (Menon et al., 2022)."""
+
+    kind: Literal["none", "self", "neural", "hybrid"] = "none"
+    """log q(z|x) itself, heads of its own, or heads on the encoder's first layers"""
+    weight: float = 20.0
+    """λ, on the mean of c beside the mean of the ELBO"""
+    symmetric: bool = False
+    """the mean of both directions instead of the paper's one"""
+    scale: Literal["exp", "linear"] = "exp"
+    """of the cosine: the exponential of a parameter, or the parameter"""
+    share: int = 1
+    """layers of the encoder that a hybrid critic shares"""
+    hidden: int = 128
+    """width of the heads' hidden layers"""
+    width: int = 64
+    """in which scores are taken"""
+
+    def __post_init__(self) -> None:
+        check_positive("critic.weight", self.weight)
+        for name in ("hidden", "width"):
+            check_count(f"critic.{name}", getattr(self, name))
+        check_count("critic.share", self.share, minimum=0)
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """What else there is against posterior collapse; all of it off by default."""
+
+    annealing: Literal["none", "linear", "cyclical"] = "none"
+    """of β, from 0 to 1"""
+    annealing_steps: int | None = None
+    """optimiser steps of it; by default a third of the run for linear, all of it for cyclical annealing"""
+    cycles: int = 4
+    """of cyclical annealing, β rising over half of each"""
+    free_bits: float | None = None
+    """nats of the KL that cost nothing"""
+    free_bits_per: Literal["total", "dimension"] = "total"
+    """of the whole KL, or of each coordinate's"""
+    min_kl: float = 0.0
+    """nats that the posterior's σ is bound to cost (δ-VAE)"""
+    aggressive_steps: int = 0
+    """optimiser steps in the first of which the encoder is trained for itself"""
+    inner_steps: int = 10
+    """of the encoder alone for each of both, in aggressive training"""
+
+    def kl_weight(self, steps: int, final: float) -> Callable[[int], float] | float:
+        """β in a run of so many steps, as `fit_vae` takes it."""
+        if self.annealing == "none":
+            return final
+        if self.annealing == "linear":
+            factor = linear_annealing(self.annealing_steps or max(1, steps // 3))
+        else:
+            factor = cyclical_annealing(self.annealing_steps or steps, self.cycles)
+        return lambda step: final * factor(step)
+
+    def options(self) -> dict[str, Any]:
+        """Further arguments of `fit_vae`."""
+        free = None if self.free_bits is None else FreeBits(self.free_bits, self.free_bits_per)
+        aggressive = Aggressive(self.inner_steps, self.aggressive_steps) if self.aggressive_steps else None
+        return {"free_bits": free, "aggressive": aggressive}
 
 
 @dataclass(frozen=True)
@@ -88,10 +155,14 @@ class Recipe(ABC):
     """of all processes together"""
     lr: float = 1e-3
     """of Adam"""
+    weight_decay: float | None = None
+    """of AdamW, which then takes Adam's place"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """of the learning rate"""
     kl_weight: float = 1.0
     """β, on the KL term"""
+    critic: CriticSettings = field(default_factory=CriticSettings)
+    remedies: Remedies = field(default_factory=Remedies)
     validate_every: int | None = None
     """steps; 20 times over the run by default"""
     patience: int | None = None
@@ -125,6 +196,35 @@ class Recipe(ABC):
     @abstractmethod
     def transform(self, x: Tensor, training: bool = True) -> Tensor:
         """Examples as they are stored → as the model sees them, on their device; augmented in training alone."""
+
+    def build_critic(self, vae: VAE) -> Critic | None:
+        """The untrained critic for that VAE, None without one; a neural one's x head is like the encoder."""
+        kind, settings = self.critic.kind, self.critic
+        if kind == "none":
+            return None
+        if kind == "self":
+            return SelfCritic(symmetric=settings.symmetric)
+        share = settings.share if kind == "hybrid" else 0
+        return HybridCritic(
+            vae, share, settings.hidden, settings.width, scale=settings.scale, symmetric=settings.symmetric
+        )
+
+    def fitting(self) -> dict[str, Any]:
+        """How stage one is trained: arguments of `fit_vae`."""
+        return {
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "schedule": self.lr_schedule(),
+            "optimizer": None if self.weight_decay is None else adamw(self.weight_decay, self.lr),
+            "kl_weight": self.remedies.kl_weight(self.steps, self.kl_weight),
+            "critic_weight": self.critic.weight,
+            "validate_every": self.validate_every,
+            "patience": self.patience,
+            "seed": self.seed,
+            "execution": self.execution,
+            **self.remedies.options(),
+        }
 
     def evaluation_transform(self, x: Tensor) -> Tensor:
         """`transform` without augmentation."""

@@ -4,6 +4,7 @@ RUN/config.json          recipe, its settings, data, versions, commands
 RUN/metrics.jsonl        stage one as it went
 RUN/checkpoints/         its resume state
 RUN/vae/                 the VAE: config.json and model.safetensors (`VAE.from_pretrained`)
+RUN/critic/              the contrastive critic's weights, where one was trained with it
 RUN/prior/               stage two: metrics.jsonl, checkpoints/, model/ (`NoiseContrastivePrior.from_pretrained`)
 RUN/samples/             pictures, and the tensors they show
 RUN/evaluation.json      figures, each with its protocol
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import _random, data
-from .._files import read_json, write_atomic
+from .._files import load_weights, read_json, write_atomic
+from ..critics import Critic
 from ..priors import NoiseContrastivePrior
 from ..recipes import RECIPES, Recipe, from_dict
 from ..train.execution import processes
@@ -87,6 +89,18 @@ class Run:
         if shape != self.recipe.shape:
             raise ValueError(f"{self.folder / 'vae'} is not of this run: it makes {shape}, not {self.recipe.shape}")
         return vae.to(self.device)
+
+    def critic(self, vae: VAE) -> Critic | None:
+        """The critic that was trained with the run's VAE, in eval mode on the run's device; None without one."""
+        critic = self.recipe.build_critic(vae)
+        if critic is None:
+            return None
+        file = self.folder / "critic" / "model.safetensors"
+        try:
+            critic.load_state_dict(load_weights(file))
+        except RuntimeError as error:
+            raise ValueError(f"{file} is not of this run: {str(error).splitlines()[0]}") from error
+        return critic.eval().to(self.device)
 
     def has_prior(self) -> bool:
         return (self.prior_folder / "model").is_dir()

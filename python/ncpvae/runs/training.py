@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .. import _random
 from .._distributed import rank, ranks
+from .._files import atomic_file
 from ..data import Dataset
 from ..priors import GaussianMixture, NoiseContrastivePrior, Normal
 from ..recipes import Recipe, StageTwo, initialised
@@ -56,21 +58,15 @@ def train(
     dataset = run.dataset
     examples, validation = placed(dataset.splits.train, run.device), placed(dataset.splits.validation, run.device)
     vae = initialised(recipe.seed, lambda: recipe.vae(mean_of(dataset))).to(run.device)
+    critic = initialised(recipe.seed, lambda: recipe.build_critic(vae))
     result = fit_vae(
         vae,
         examples,
         validation=validation,
         transform=recipe.transform,
         validation_transform=recipe.evaluation_transform,
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        lr=recipe.lr,
-        schedule=recipe.lr_schedule(),
-        kl_weight=recipe.kl_weight,
-        validate_every=recipe.validate_every,
-        patience=recipe.patience,
-        seed=recipe.seed,
-        execution=recipe.execution,
+        critic=None if critic is None else critic.to(run.device),
+        **recipe.fitting(),
         folder=folder,
         resume=resume,
         settings={"recipe": name, "data": recipe.data},
@@ -78,6 +74,9 @@ def train(
     )
     if processes().is_main_process:
         vae.save_pretrained(folder / "vae")
+        if critic is not None:
+            with atomic_file(folder / "critic" / "model.safetensors") as file:
+                save_file(critic.state_dict(), file)
         run.update(
             data={"source": dataset.source, "caution": dataset.caution},
             stage_one={"steps": result.steps, "best_step": result.best_step, "seconds": result.seconds},

@@ -135,8 +135,8 @@ def num_rows(batch: Any) -> int:
 
 
 def shard_of(batch: Any, shard: int, shards: int) -> Any:
-    """The rows of shard `shard` of `shards` equal ones."""
-    if shards == 1 or batch is None:
+    """The rows of shard `shard` of `shards` equal ones; numbers belong to all of them."""
+    if shards == 1 or batch is None or isinstance(batch, (int, float)):
         return batch
     if isinstance(batch, dict):
         return {key: shard_of(value, shard, shards) for key, value in batch.items()}

@@ -1,17 +1,46 @@
 """Stage one: a VAE with its base prior."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import objectives
+from .._distributed import world_size
+from ..critics import Critic
+from ..objectives import FreeBits, VAELoss
 from ..vae import VAE
 from .batches import Data, check_data, mean_over_parts, parts, source
 from .engine import Schedule, TrainResult, train
-from .execution import Execution
+from .execution import Execution, check_count
+
+
+@dataclass(frozen=True)
+class Aggressive:
+    """Aggressive training of the encoder, so that it does not lag behind the decoder.
+
+    For the first `steps` optimiser steps, all but every (inner_steps + 1)-th update the encoder alone, the critic
+    with it. He et al. decide when to go on by watching the bound on every few batches, and when to stop altogether by
+    the mutual information; with fixed numbers a step is a function of its number, and a resumed run goes on exactly.
+
+    Source: He, Spokoyny, Neubig, Berg-Kirkpatrick, "Lagging inference networks and posterior collapse in variational
+    autoencoders", ICLR 2019.
+    """
+
+    inner_steps: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_count("Aggressive: inner_steps", self.inner_steps)
+        check_count("Aggressive: steps", self.steps)
+
+    def encoder_only(self, step: int) -> bool:
+        """Whether this step, counted from 0, leaves the decoder as it is."""
+        return step < self.steps and step % (self.inner_steps + 1) < self.inner_steps
 
 
 def fit_vae(
@@ -26,7 +55,11 @@ def fit_vae(
     lr: float = 1e-3,
     schedule: Schedule = "cosine",
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    kl_weight: float = 1.0,
+    kl_weight: float | Callable[[int], float] = 1.0,
+    critic: Critic | None = None,
+    critic_weight: float = 1.0,
+    free_bits: FreeBits | None = None,
+    aggressive: Aggressive | None = None,
     validate_every: int | None = None,
     patience: int | None = None,
     seed: int = 0,
@@ -36,7 +69,7 @@ def fit_vae(
     settings: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Maximise the evidence lower bound (NCP-VAE, Eq. 1) over all of the VAE's parameters.
+    """Maximise the evidence lower bound (NCP-VAE, Eq. 1) over all of the VAE's parameters, with a critic ELBO + λ·c.
 
     Args:
         vae: trained in place, on the device it is on; left in eval mode.
@@ -48,7 +81,13 @@ def fit_vae(
         validation_transform: the same for validation, where augmentation should not apply; `transform` by default.
         steps, batch_size, lr: of Adam; batch_size is that of all processes together, and of no concern to an iterable.
         schedule, optimizer: see `train.engine.train`.
-        kl_weight: β, on the KL term.
+        kl_weight: β, on the KL term, or a function from the step, counted from 0, to it, as
+            `objectives.linear_annealing` and `cyclical_annealing` are; validation takes the last step's.
+        critic: against posterior collapse; on the VAE's device, trained in place with it. Its negatives are the other
+            examples of the batch, of all processes; parts of a batch under gradient accumulation are apart.
+        critic_weight: λ, on c, both c and the ELBO being means over the batch.
+        free_bits: takes the place of the KL term in training.
+        aggressive: train the encoder alone in most of the first steps; in one process only.
         validate_every, patience: in steps, and in validations without improvement before stopping.
         seed: the run is deterministic for a seed; the batch order is a function of seed and step alone.
         execution: precision, accumulation, averaging, checkpoints; see `Execution`.
@@ -58,7 +97,8 @@ def fit_vae(
         progress: show a progress bar.
 
     Returns:
-        TrainResult with `loss` (negative bound), `reconstruction` and `kl`, nats per example.
+        TrainResult with `loss` (the negative bound, with a critic less λ·c), `reconstruction`, `kl` and, with a critic,
+        `critic` = c, nats per example.
 
     Raises:
         ValueError: for an empty or non-finite data set; as CheckpointError where a checkpoint cannot be gone on from.
@@ -70,29 +110,40 @@ def fit_vae(
     check_data("fit_vae", "data", data)
     if validation is not None:
         check_data("fit_vae", "validation", validation)
+    if aggressive is not None and world_size() > 1:
+        raise ValueError(f"fit_vae: aggressive must be None in several processes, got {world_size()} of them")
     device = next(vae.parameters()).device
     transform = transform or (lambda x: x.float())
     batches, examples = source("fit_vae", "data", data, batch_size, seed)
+    loss = VAELoss(vae, critic, critic_weight, free_bits)
+    bound = VAELoss(vae, critic, critic_weight)  # the same modules; held-out figures are of the ELBO itself
+    beta = kl_weight if callable(kl_weight) else lambda step: kl_weight
+    decoding = [p for name, p in vae.named_parameters() if not name.startswith("encoder.")]
 
-    def terms(x: Tensor, transform: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        x = transform(x.to(device, non_blocking=True))
-        out = vae(x)
-        bound = objectives.elbo(x, out.likelihood, out.posterior, out.prior, out.z, kl_weight)
-        return {
-            "loss": -bound.elbo.mean(),
-            "reconstruction": -bound.log_likelihood.mean(),
-            "kl": bound.kl.mean(),
-        }
+    def terms(batch: tuple[Any, int]) -> dict[str, Tensor]:
+        x, step = transform(examples(batch[0]).to(device, non_blocking=True)), batch[1]
+        encoder_only = aggressive is not None and aggressive.encoder_only(step)
+        with _without_gradients(decoding) if encoder_only else nullcontext():
+            return loss(x, beta(step))
+
+    def held_out_parts() -> Iterable[Tensor]:
+        assert validation is not None
+        if critic is not None and isinstance(validation, Tensor):  # as many negatives as in training, and never none
+            return validation.tensor_split(-(-len(validation) // batch_size))
+        return parts("fit_vae", "validation", validation)
 
     def validate() -> dict[str, float]:
-        assert validation is not None
-        held_out = parts("fit_vae", "validation", validation)
-        return mean_over_parts(lambda x: terms(x, validation_transform or transform), held_out, seed)
+        prepare = validation_transform or transform
+        return mean_over_parts(lambda x: bound(prepare(x.to(device)), beta(steps)), held_out_parts(), seed)
 
+    known: dict[str, Any] = {"stage": "vae", "batch_size": batch_size}
+    known |= {} if callable(kl_weight) else {"kl_weight": kl_weight}
+    known |= {} if critic is None else {"critic": type(critic).__name__, "critic_weight": critic_weight}
+    known |= {name: asdict(o) for name, o in (("free_bits", free_bits), ("aggressive", aggressive)) if o is not None}
     return train(
-        vae,
-        lambda batch: terms(examples(batch), transform),
-        batches,
+        vae if critic is None else loss,
+        terms,
+        lambda start: zip(batches(start), count(start), strict=False),
         steps=steps,
         lr=lr,
         schedule=schedule,
@@ -104,7 +155,32 @@ def fit_vae(
         execution=execution,
         folder=folder,
         resume=resume,
-        settings={"stage": "vae", "batch_size": batch_size, "kl_weight": kl_weight, **(settings or {})},
+        settings={**known, **(settings or {})},
         progress=progress,
         description="VAE",
     )
+
+
+@contextmanager
+def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """What is computed within gives these parameters no gradient; an optimiser passes over those that have none."""
+    trained = [p for p in parameters if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def adamw(weight_decay: float, lr: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """AdamW for `fit_vae(optimizer=…)`; parameters without dimensions, such as a critic's scale, do not decay."""
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        groups = [[p for p in parameters if p.dim()], [p for p in parameters if not p.dim()]]
+        decays = [weight_decay, 0.0]
+        named = [{"params": g, "weight_decay": decay} for g, decay in zip(groups, decays, strict=True) if g]
+        return torch.optim.AdamW(named, lr=lr, fused=True)
+
+    return make
