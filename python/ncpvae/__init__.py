@@ -6,7 +6,9 @@ logit is log r. See `NoiseContrastivePrior`, `fit_ncp`, `SIR` and `Langevin`.
 
 from . import adapters, metrics, objectives, ops
 from .classifiers import MLPClassifier, ResidualClassifier
+from .critics import Critic, HybridCritic, NeuralCritic, SelfCritic
 from .distributions import BernoulliLikelihood, BinomialLikelihood, DiagonalMixture, NormalLikelihood, temper
+from .objectives import VAELoss
 from .pretrained import Pretrained
 from .priors import GaussianMixture, LogNormalizer, NoiseContrastive, NoiseContrastivePrior, Normal
 from .samplers import SIR, Diagnostics, Langevin, SampleResult
@@ -21,7 +23,17 @@ from .train import (
     fit_ncp,
     fit_vae,
 )
-from .vae import VAE, ConvDecoder, ConvEncoder, GaussianEncoder, MLPDecoder, MLPEncoder, VAEOutput
+from .vae import (
+    VAE,
+    ConvDecoder,
+    ConvEncoder,
+    GaussianEncoder,
+    MLPDecoder,
+    MLPEncoder,
+    StackedConvDecoder,
+    StackedConvEncoder,
+    VAEOutput,
+)
 
 __version__ = "0.1.0"
 
@@ -33,17 +45,20 @@ __all__ = [
     "CheckpointError",
     "ConvDecoder",
     "ConvEncoder",
+    "Critic",
     "Diagnostics",
     "DiagonalMixture",
     "Execution",
     "GaussianEncoder",
     "GaussianMixture",
+    "HybridCritic",
     "Langevin",
     "LogNormalizer",
     "MLPClassifier",
     "MLPDecoder",
     "MLPEncoder",
     "NCPResult",
+    "NeuralCritic",
     "NoiseContrastive",
     "NoiseContrastivePrior",
     "Normal",
@@ -51,9 +66,13 @@ __all__ = [
     "Pretrained",
     "ResidualClassifier",
     "SampleResult",
+    "SelfCritic",
+    "StackedConvDecoder",
+    "StackedConvEncoder",
     "TrainResult",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "VAELoss",
     "VAEOutput",
     "adapters",
     "fit_ncp",
