@@ -140,6 +140,9 @@ def test_its_standard_error_is_that_of_repeated_samples():
 
     values = torch.tensor([sample(300).value for _ in range(300)])
     assert sample(300).standard_error == pytest.approx(float(values.std()), rel=0.25)
+    equally_long = perplexity(torch.tensor([8.0, 12.0, 13.0]), torch.tensor([4, 4, 4]))  # delta method by hand
+    by_hand = equally_long.value * torch.tensor([8.0, 12.0, 13.0]).std() / math.sqrt(3) / 4
+    assert equally_long.standard_error == pytest.approx(float(by_hand))
     assert math.isnan(perplexity(torch.ones(1), torch.ones(1, dtype=torch.int64)).standard_error)
 
 
