@@ -57,8 +57,8 @@ def mutual_information(
     the examples come from it is good only well below log N. Both densities are taken at the same draw: their
     difference has no noise where all posteriors are equal, and none where they are far apart.
 
-    Time is O(S·N²·D), memory O(N·D). Apart from what prior_log_prob may draw, the figures depend on the seed and not
-    on max_rows, the number of processes or, but for rounding, the device.
+    Time is O(S·N²·D), memory O(N·D). Apart from what prior_log_prob may draw, and but for rounding, neither
+    max_rows nor the device changes the figures; the number of processes does not at all.
 
     Args:
         posteriors: q(z|x_n) of the data set, by `collect_posteriors`.
