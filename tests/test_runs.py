@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ncpvae import NoiseContrastivePrior
 from ncpvae.recipes import RECIPES, Recipe, StageTwo, from_dict
-from ncpvae.runs import evaluation, open_run, reporting, sampling, training
+from ncpvae.runs import comparison, evaluation, open_run, reporting, sampling, training
 from ncpvae.runs.folder import as_json, new_run
 from ncpvae.vae import VAE
 
@@ -131,7 +131,7 @@ def test_evaluation_measures_and_keeps_its_protocols(run):
     assert evaluation.read_figures(run) == list(figures.values())
     table = evaluation.table_of(list(figures.values()))
     assert evaluation.NLL in table and f"{nll.ncp:.4g}" in table
-    assert evaluation.compare([run.folder, run.folder]).count("digits: NCP") == 2
+    assert comparison.compare([run.folder, run.folder]).count("digits: NCP") == 2
 
 
 def test_plain_torch_gives_the_same_figures_to_rounding(run, tmp_path):
@@ -223,7 +223,7 @@ def test_figures_belong_to_the_weights_they_were_measured_on(run, tmp_path):
     assert "ncpvae evaluate digits --seed 1" in text and "evaluation's seed" in html.unescape(text)
     training.fit_prior(copy, replace(copy.recipe.prior, steps=5), overwrite=True, progress=False)
     with pytest.raises(OSError, match="have not been evaluated: ncpvae evaluate"):
-        evaluation.compare([copy.folder])
+        comparison.compare([copy.folder])
     assert "have not been measured" in reporting.report(open_run(copy.folder)).read_text()
 
 
@@ -232,7 +232,7 @@ def test_comparisons_say_what_was_measured_otherwise(run, tmp_path):
     shutil.copytree(run.folder, tmp_path / "other")
     other = open_run(tmp_path / "other")
     evaluation.evaluate(other, replace(other.recipe.evaluation, test_examples=50))
-    table = evaluation.compare([run.folder, other.folder])
+    table = comparison.compare([run.folder, other.folder])
     assert "not measured alike, test NLL, SNIS bound" in table and "50 examples" in table
 
 

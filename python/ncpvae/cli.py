@@ -192,12 +192,12 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         _say(str(draw(opened(run, device, data_dir), rows, steps)))
 
     def compare(runs: Positional[tuple[Path, ...]]) -> None:
-        """A table of the figures of several evaluated runs.
+        """Tables of the figures of several evaluated runs; those that differ by the seed alone count as one model.
 
         Args:
             runs: their folders
         """
-        from .runs.evaluation import compare as table
+        from .runs.comparison import compare as table
 
         if not runs:
             raise ValueError("compare: name the folders of runs that have been evaluated")

@@ -234,6 +234,10 @@ class Recipe(ABC):
         """The schedule of stage one, as `fit_vae` takes it."""
         return self.schedule
 
+    def published(self) -> dict[str, str]:
+        """Figures of the source for these settings, by the titles of `ncpvae compare`'s columns, and a `note`."""
+        return {}
+
     def pictures(self, x: Tensor) -> Tensor:
         """What the decoder returns → images in [0, 1], or points as they are."""
         return x

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import metrics
 from .._files import read_json
+from ..distributions import normal_parameters
 from ..metrics import FeatureClassifier, InceptionFeatures
 from ..priors import NoiseContrastivePrior
 from ..recipes import Evaluation
@@ -22,10 +23,12 @@ from ..samplers import SIR, Diagnostics, Langevin
 from ..sharding import sample_sharded
 from ..train.execution import processes
 from ..vae import VAE
-from .folder import Run, as_json, environment, open_run, write_json
+from .folder import Run, as_json, environment, write_json
 from .sampling import decoded, from_base
 
 FILE = "evaluation.json"
+MI, CAP, AU = "mutual information I(x; z)", "its cap, log N", "active units"
+KL, MARGINAL_KL = "KL(q(z|x) ‖ p(z))", "KL(q(z) ‖ p(z))"
 LANGEVIN, LANGEVIN_CHAINS = Langevin(1000, 1e-3), 1000  # in two dimensions, where they can be looked at
 MODES = "samples within 4σ of a mode"
 NLL, JSD = "test NLL, SNIS bound", "JSD(q(z) ‖ base)"  # the headlines
@@ -53,6 +56,7 @@ def evaluate(
         run = replace(run, recipe=replace(run.recipe, evaluation=evaluation))
     vae, prior = run.vae(), run.prior() if run.has_prior() else None
     figures = likelihoods(run, vae, prior, seed)
+    figures += information(run, vae, seed)
     if prior is not None:
         figures += ratio(run)
     base, ncp, diagnostics = drawn(run, vae, prior, seed)
@@ -165,6 +169,40 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
             Metric(name, unit, ncp=own.nll, lower_is_better=True, ncp_error=own.standard_error, protocol=how, **base)
         )
     return rows
+
+
+def information(run: Run, vae: VAE, seed: int) -> list[Metric]:
+    """What the codes of the test examples hold, by estimators over all of them, and by those of published tables."""
+    test, prior = run.dataset.splits.test[: run.recipe.evaluation.test_examples], vae.prior_distribution()
+    found = metrics.collect_posteriors(
+        test, vae.encode, transform=run.recipe.evaluation_transform, seed=seed, device=run.device, distributed=True
+    )
+    mi = metrics.mutual_information(found, prior.log_prob, seed=seed, device=run.device, distributed=True)
+    units = metrics.active_units(found)
+    dimensions, minibatch = found.mean[0].numel(), min(run.recipe.batch_size, len(found))
+    how = f"{mi.protocol}; seed {seed}"
+    rows = [
+        Metric(MI, "nats", mi.value, None, None, _finite(mi.standard_error), protocol=how),
+        Metric(CAP, "nats", mi.log_n, None, None, protocol=f"no estimate over {len(found):,} examples can exceed it"),
+        Metric(AU, f"of {dimensions}", float(units.count), None, None, protocol=units.protocol),
+    ]
+    if normal_parameters(prior) is not None:
+        kl = metrics.kl_per_dimension(found, prior)
+        rows.append(Metric(KL, "nats", kl.total, None, None, _finite(kl.standard_error), protocol=kl.protocol))
+    assert mi.marginal_kl is not None
+    error = _finite(mi.marginal_kl_standard_error)
+    rows.append(Metric(MARGINAL_KL, "nats", mi.marginal_kl, None, None, error, protocol=f"{how}; too high at the cap"))
+    small = metrics.minibatch_mutual_information(found, minibatch, seed=seed, device=run.device, distributed=True)
+    std = metrics.active_units_by_sampled_std(found, seed=seed)
+    note = "biased; for comparison with published tables only; "
+    name = f"mutual information within minibatches of {minibatch:,}"
+    rows.append(Metric(name, "nats", small.value, None, None, protocol=f"{note}{small.protocol}; seed {seed}"))
+    name = "units with std of sampled z > 0.1"
+    return [*rows, Metric(name, f"of {dimensions}", float(std.count), None, None, protocol=note + std.protocol)]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def ratio(run: Run) -> list[Metric]:
@@ -284,37 +322,13 @@ def _extractor(features: str | None, run: Run) -> torch.nn.Module | None:
     return FeatureClassifier.from_pretrained(Path(features)).to(run.device)
 
 
-def compare(folders: list[Path]) -> str:
-    """A table of the figures of several runs, which must have been evaluated."""
-    runs = [open_run(folder) for folder in folders]
-    short = [folder.resolve().name for folder in folders]
-    labels = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-    columns = [{f"{f.name} ({f.unit})" if f.unit else f.name: f for f in read_figures(run)} for run in runs]
-    names = list(dict.fromkeys(name for figures in columns for name in figures))
-    lines = [["", *(f"{label}: {prior}" for label in labels for prior in ("base", "NCP"))]]
-    for name in names:
-        row = [name]
-        for figures in columns:
-            row += [_cell(figures.get(name), "base"), _cell(figures.get(name), "ncp")]
-        lines.append(row)
-    notes = [f"{label}: {note}" for label, run in zip(labels, runs, strict=True) for note in cautions(run)]
-    for name in names:
-        found = {label: figures[name] for label, figures in zip(labels, columns, strict=True) if name in figures}
-        ways = {label: f.protocol for label, f in found.items() if f.lower_is_better is not None}
-        if len(set(ways.values())) > 1:
-            notes += [f"not measured alike, {name}: " + "; ".join(f"{label}: {way}" for label, way in ways.items())]
-    if len({run.recipe.data for run in runs}) > 1:
-        notes.append("the runs are of different data: " + ", ".join(run.recipe.data for run in runs))
-    return "\n".join([table(lines), *([""] if notes else []), *notes])
-
-
 def cautions(run: Run) -> list[str]:
     """What is to be said beside figures on the run's data."""
     caution = run.config.get("data", {}).get("caution")
     return [caution] if caution else []
 
 
-def _cell(figure: Metric | None, side: str) -> str:
+def cell(figure: Metric | None, side: str) -> str:
     value = None if figure is None else getattr(figure, side)
     if value is None:
         return ""
@@ -334,5 +348,5 @@ def table(lines: list[list[str]]) -> str:
 
 def table_of(figures: list[Metric]) -> str:
     """The figures of one run, as text."""
-    rows = [[f"{f.name} ({f.unit})" if f.unit else f.name, _cell(f, "base"), _cell(f, "ncp")] for f in figures]
+    rows = [[f"{f.name} ({f.unit})" if f.unit else f.name, cell(f, "base"), cell(f, "ncp")] for f in figures]
     return table([["", "base", "NCP"], *rows])

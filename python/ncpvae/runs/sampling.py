@@ -45,8 +45,15 @@ class Sampling:
 
 @torch.no_grad()
 def decode_mean(vae: VAE, z: Tensor) -> Tensor:
-    """The mean of p(x|z), the picture to look at; some rows at a time."""
-    return torch.cat([vae.decode(part).mean for part in z.split(ROWS_AT_ONCE)])
+    """The mean of p(x|z), the picture to look at; a draw where it has none in closed form. Some rows at a time."""
+    parts = []
+    for part in z.split(ROWS_AT_ONCE):
+        likelihood = vae.decode(part)
+        try:
+            parts.append(likelihood.mean)
+        except NotImplementedError:  # as of an autoregressive decoder, whose pixels depend on each other
+            parts.append(likelihood.sample())
+    return torch.cat(parts)
 
 
 def decoded(run: Run, vae: VAE, z: Tensor, seed: int) -> Tensor:
