@@ -9,7 +9,7 @@ Images are uint8 in memory; what a model sees is made from each batch on its dev
 """
 
 from .arrays import npz_file
-from .corpus import text_lines
+from .corpus import from_text, load_vocabulary, save_vocabulary, text_lines, to_text
 from .dataset import Dataset, Splits
 from .folder import image_folder
 from .hub import check_folder, mnist
@@ -29,17 +29,21 @@ __all__ = [
     "check_folder",
     "compose",
     "digits",
+    "from_text",
     "gaussian_grid_entropy",
     "gaussian_grid_means",
     "gaussians",
     "image_folder",
     "load",
+    "load_vocabulary",
     "mnist",
     "npz_file",
     "pad",
     "quantize",
     "random_flip",
+    "save_vocabulary",
     "scale",
     "text_lines",
     "to_float",
+    "to_text",
 ]
