@@ -11,7 +11,7 @@ import ncpvae
 from ncpvae import data, metrics, objectives, text_vae
 from ncpvae._tokens import BOS, EOS, PAD, UNK
 from ncpvae.text_vae import TextEncoder, TextLikelihood
-from ncpvae.train import fit_vae
+from ncpvae.train import fit_ncp, fit_vae
 
 V, D, LONGEST = 7, 2, 3  # words <unk>, 4, 5, 6
 
@@ -191,14 +191,40 @@ def test_samples_come_as_often_as_their_probability_says(temperature):
         assert abs(drawn.count(text) / count - p) < 5 * math.sqrt(p * (1 - p) / count) + 1e-4, text
 
 
+def test_the_seed_governs_what_is_drawn():
+    distribution = tiny().decode(torch.randn(20, D))
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(distribution.sample())
+    assert draws[0].equal(draws[1]) and not draws[0].equal(draws[2])
+
+
+@pytest.mark.parametrize("decode", [lambda d: d.sample(), lambda d: d.greedy(), lambda d: d.beam(2)])
+def test_nothing_is_generated_from_nan(decode):
+    with pytest.raises(ValueError, match="TextLikelihood: z and the weights must be finite to generate text"):
+        decode(tiny().decode(torch.tensor([[0.0, 0.0], [0.0, math.nan]])))
+
+
 # The encoder
 
 
-def test_the_posterior_does_not_see_padding_or_the_rest_of_the_batch():
+def test_the_posterior_is_of_the_last_token_s_state_whatever_the_padding():
     encoder = tiny().encoder
+    embedding, state, linear = encoder.layers
     together = encoder(F.pad(X, (0, 5)))
     for i, row in enumerate(X):
-        torch.testing.assert_close(encoder(row[None, row != PAD]).mean[0], together.mean[i])
+        hidden, _ = state.lstm(embedding.embedding(row[None, row != PAD]))
+        mean, log_std = linear(hidden[:, -1]).chunk(2, dim=1)
+        torch.testing.assert_close(together.mean[i], mean[0])
+        torch.testing.assert_close(together.stddev[i], log_std.exp()[0])
+
+
+def test_sigma_is_bounded():
+    encoder = tiny().encoder
+    for bias, limit in ((1e3, 10.0), (-1e3, -10.0)):
+        torch.nn.init.constant_(encoder.layers[2].bias, bias)
+        assert encoder(X).stddev.log().allclose(torch.tensor(limit))
 
 
 @pytest.mark.parametrize("share", [0, 1, 2])
@@ -246,9 +272,12 @@ def test_it_trains_saves_and_is_measured_as_any_vae(tmp_path):
     )
     assert first["base"].per_example.equal(second["base"].per_example)
     assert first["base"].nll < objectives_of(vae, x) + 0.1
-    assert data.to_text(again.decode(torch.zeros(1, 2)).greedy(), vocabulary) == data.to_text(
-        vae.decode(torch.zeros(1, 2)).greedy(), vocabulary
-    )
+    z = torch.randn(9, 2)
+    assert again.decode(z).beam(3).equal(vae.decode(z).beam(3))
+    prior = ncpvae.NoiseContrastivePrior(ncpvae.Normal(2), ncpvae.MLPClassifier(2, (8,)))
+    fit_ncp(prior, vae=vae, data=x, transform=data.as_is, steps=5, progress=False)
+    words = data.to_text(vae.decode(prior().sample((4,))).greedy(), vocabulary)
+    assert all(set(line.split()) <= set("abcdefgh") for line in words)
 
 
 @torch.no_grad()

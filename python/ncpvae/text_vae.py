@@ -7,11 +7,13 @@ The parameters of an autoregressive p(x|z) depend on x, so the decoder of such a
 is what the likelihood gets: `TextLikelihood` makes of it a `TextDistribution`, whose `log_prob` runs the network with
 teacher forcing, and whose `sample`, `greedy` and `beam` run it on what it has said so far.
 
-Letters: B batch, N rows, T tokens of a row, V vocabulary, E embedding, H hidden state, D latent dimension.
+Letters: B batch, N rows, T tokens of a row, V vocabulary, E embedding, H hidden state, D latent dimension, K texts of a
+beam.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -278,10 +280,17 @@ class TextLikelihood(Pretrained):
         return cell.tanh(), cell
 
     def advance(self, tokens: Tensor, z: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token [N] further, without dropout: logits [N, V] of the next one, and the state."""
+        """One token [N] further, without dropout: logits [N, V] of the next one, and the state.
+
+        Raises:
+            ValueError: where these are not finite, for which there is no next token.
+        """
         inputs = torch.cat([self.embedding(tokens), z], dim=-1)
         hidden, state = self.lstm(inputs[:, None], state)
-        return self.logits(hidden[:, 0]), state
+        logits = self.logits(hidden[:, 0])
+        if not logits.amax(1).isfinite().all():
+            raise ValueError("TextLikelihood: z and the weights must be finite to generate text, got NaN or infinity")
+        return logits, state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] → [..., V]."""
@@ -371,11 +380,11 @@ class TextDistribution(Distribution):
             return ops.sir_resample(logits / temperature, ops.draw_seed(logits.device), 1)[0][:, 0]
 
         shape = torch.Size(sample_shape) + self.batch_shape
-        return self._in_parts(shape, 1, lambda z: generate(self.network, z, draw))
+        return self._in_parts(shape, 1, partial(generate, self.network, draw))
 
     def greedy(self) -> Tensor:
         """The most probable token at every step, int64 [*batch, max_length + 2]."""
-        return self._in_parts(self.batch_shape, 1, lambda z: generate(self.network, z, lambda logits: logits.argmax(1)))
+        return self._in_parts(self.batch_shape, 1, partial(generate, self.network, lambda logits: logits.argmax(1)))
 
     def beam(self, width: int, length_penalty: float = 0.0) -> Tensor:
         """The best text that beam search finds, int64 [*batch, max_length + 2].
@@ -389,7 +398,7 @@ class TextDistribution(Distribution):
             raise ValueError(f"TextDistribution.beam: width must be an integer ≥ 1, got {width!r}")
         if not (math.isfinite(length_penalty) and length_penalty >= 0):
             raise ValueError(f"TextDistribution.beam: length_penalty must be finite and ≥ 0, got {length_penalty!r}")
-        search = lambda z: beam_search(self.network, z, width, length_penalty)  # noqa: E731
+        search = partial(beam_search, self.network, width=width, length_penalty=length_penalty)
         return self._in_parts(self.batch_shape, width, search)
 
     def _in_parts(self, shape: torch.Size, width: int, decode: Callable[[Tensor], Tensor]) -> Tensor:
@@ -402,7 +411,7 @@ class TextDistribution(Distribution):
             return torch.cat([decode(part) for part in z.split(rows)]).view(*shape, -1)
 
 
-def generate(network: TextLikelihood, z: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+def generate(network: TextLikelihood, choose: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """Rows [N, max_length + 2] for z [N, D], every next token being what `choose` makes of logits [N, V]."""
     x = torch.full((len(z), network.max_length + 2), PAD, device=z.device)
     x[:, 0] = BOS
@@ -418,37 +427,50 @@ def generate(network: TextLikelihood, z: Tensor, choose: Callable[[Tensor], Tens
     return x
 
 
+class Beams(NamedTuple):
+    """The K texts that a beam search keeps for each of N rows, the best first."""
+
+    x: Tensor  # [N, K, max_length + 2]
+    log_p: Tensor  # [N, K], nats; −inf where there are not yet K different texts
+    length: Tensor  # [N, K], tokens after <bos>
+    finished: Tensor  # [N, K], whether a text has its <eos>
+
+
 def beam_search(network: TextLikelihood, z: Tensor, width: int, length_penalty: float) -> Tensor:
-    """Rows [N, max_length + 2] for z [N, D]; K = `width`. A finished text stays in its beam, prolonged by `<pad>`."""
-    num_rows, last = len(z), network.max_length + 1
+    """Rows [N, max_length + 2] for z [N, D]: the best of each row's `width` = K texts."""
+    shape = (len(z), width)
+    x = torch.full((*shape, network.max_length + 2), PAD, device=z.device)
+    x[..., 0] = BOS
+    log_p = torch.full(shape, -math.inf, device=z.device)
+    log_p[:, 0] = 0.0  # K times <bos> is one text
+    beams = Beams(x, log_p, torch.zeros_like(log_p), torch.zeros_like(log_p, dtype=torch.bool))
+    first = torch.arange(len(z), device=z.device)[:, None] * width  # of each beam among the N·K texts
     z = z.repeat_interleave(width, 0)  # [N·K, D]
     state = network.first_state(z)
-    x = torch.full((num_rows, width, last + 1), PAD, device=z.device)
-    x[..., 0] = BOS
-    log_p = torch.full((num_rows, width), -math.inf, device=z.device)
-    log_p[:, 0] = 0.0  # the texts of a beam are alike at first: one of them is prolonged
-    length = torch.zeros(num_rows, width, device=z.device)
-    finished = torch.zeros(num_rows, width, dtype=torch.bool, device=z.device)
-    token = torch.arange(network.vocabulary_size, device=z.device)
-    only_pad, only_eos = (
-        torch.zeros(len(token), device=z.device).masked_fill(token != t, -math.inf) for t in (PAD, EOS)
-    )
-    first = torch.arange(num_rows, device=z.device)[:, None] * width  # of each beam among the N·K texts
-    for t in range(1, last + 1):
-        logits, state = network.advance(x[..., t - 1].flatten(), z, state)
-        step = logits.log_softmax(-1).view(num_rows, width, -1)  # [N, K, V]
-        step = step + only_eos if t == last else step
-        candidates = log_p[..., None] + only_pad.where(finished[..., None], step)
-        length = length + ~finished
-        ranked = candidates / length[..., None] ** length_penalty
-        best = ranked.flatten(1).topk(width).indices  # [N, K], the best first
-        parent, chosen = best // len(token), best % len(token)
-        x = x.gather(1, parent[..., None].expand(x.shape))
-        x[..., t] = chosen
-        log_p, length = candidates.flatten(1).gather(1, best), length.gather(1, parent)
-        finished = finished.gather(1, parent) | (chosen == EOS)
-        if finished.all():
+    for t in range(1, network.max_length + 2):
+        logits, state = network.advance(beams.x[..., t - 1].flatten(), z, state)
+        beams, parents = prolonged(beams, t, logits.log_softmax(-1).view(*shape, -1), length_penalty)
+        if beams.finished.all():
             break
-        rows = (first + parent).flatten()
+        rows = (first + parents).flatten()
         state = (state[0][:, rows], state[1][:, rows])
-    return x[:, 0]
+    return beams.x[:, 0]
+
+
+def prolonged(beams: Beams, t: int, log_p: Tensor, length_penalty: float) -> tuple[Beams, Tensor]:
+    """The best K of all texts that are one token, with log p [N, K, V], longer; and which text each comes from [N, K].
+
+    A finished text competes with them as it is, its one continuation being `<pad>`.
+    """
+    width, token = log_p.shape[1], torch.arange(log_p.shape[2], device=log_p.device)
+    if t == beams.x.shape[-1] - 1:
+        log_p = log_p.masked_fill(token != EOS, -math.inf)
+    only_pad = torch.zeros_like(log_p[0, 0]).masked_fill(token != PAD, -math.inf)
+    log_p = beams.log_p[..., None] + only_pad.where(beams.finished[..., None], log_p)
+    length = beams.length + ~beams.finished
+    best = (log_p / length[..., None] ** length_penalty).flatten(1).topk(width).indices  # [N, K] of K·V
+    parents, tokens = best // len(token), best % len(token)
+    x = beams.x.gather(1, parents[..., None].expand_as(beams.x))
+    x[..., t] = tokens
+    finished = beams.finished.gather(1, parents) | (tokens == EOS)
+    return Beams(x, log_p.flatten(1).gather(1, best), length.gather(1, parents), finished), parents
