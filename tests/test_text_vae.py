@@ -200,6 +200,11 @@ def test_the_seed_governs_what_is_drawn():
     assert draws[0].equal(draws[1]) and not draws[0].equal(draws[2])
 
 
+def test_next_to_no_temperature_is_greedy():
+    distribution = tiny().decode(torch.randn(20, D))
+    assert distribution.sample(temperature=1e-40).equal(distribution.greedy())
+
+
 @pytest.mark.parametrize("decode", [lambda d: d.sample(), lambda d: d.greedy(), lambda d: d.beam(2)])
 def test_nothing_is_generated_from_nan(decode):
     with pytest.raises(ValueError, match="TextLikelihood: z and the weights must be finite to generate text"):
@@ -349,3 +354,4 @@ def test_no_rows_are_no_error():
     distribution = tiny().decode(torch.zeros(0, 4, D))
     assert distribution.sample((2,)).shape == (2, 0, 4, LONGEST + 2)
     assert distribution.log_prob(X).shape == (0, 4)
+    assert tiny().decode(torch.zeros(3, D)).log_prob(torch.tensor([[BOS]])).tolist() == [0.0] * 3  # nothing is said

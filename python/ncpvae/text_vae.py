@@ -355,9 +355,9 @@ class TextDistribution(Distribution):
                 f"TextDistribution.log_prob: x [..., T] must have leading dimensions that go with the batch "
                 f"{tuple(self.batch_shape)}, got shape {tuple(value.shape)}"
             ) from error
-        if 0 in shape:
+        longest = int(lengths.max()) if lengths.numel() else 1
+        if 0 in shape or longest == 1:  # there are no rows, or nothing after <bos>
             return self.context.new_zeros(shape)
-        longest = int(lengths.max())
         x = value[..., :longest].expand(*shape, -1).flatten(0, -2)
         z = self.context.expand(*shape, -1).flatten(0, -2)
         if torch.is_grad_enabled():
@@ -377,7 +377,8 @@ class TextDistribution(Distribution):
             raise ValueError(f"TextDistribution.sample: temperature must be finite and > 0, got {temperature!r}")
 
         def draw(logits: Tensor) -> Tensor:
-            return ops.sir_resample(logits / temperature, ops.draw_seed(logits.device), 1)[0][:, 0]
+            log_weights = (logits - logits.amax(1, keepdim=True)) / temperature  # ≤ 0, so that none is divided to +inf
+            return ops.sir_resample(log_weights, ops.draw_seed(logits.device), 1)[0][:, 0]
 
         shape = torch.Size(sample_shape) + self.batch_shape
         return self._in_parts(shape, 1, partial(generate, self.network, draw))

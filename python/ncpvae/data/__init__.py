@@ -2,7 +2,7 @@
 
     toy.py         what needs no file: 25 Gaussians, scikit-learn's digits
     hub.py         images in the Hugging Face hub's layout, from a folder or the hub
-    folder.py      a folder of images      arrays.py   an .npz file      corpus.py   text
+    folder.py      a folder of images      arrays.py   an .npz file      corpus.py   text, and vocabularies
     images.py      decoding                transforms.py   on the device: binarise, flip, pad, quantise, scale
 
 Images are uint8 in memory; what a model sees is made from each batch on its device.
