@@ -1,7 +1,9 @@
 """One's own data: a folder of images, an .npz file, text."""
 
+import dataclasses
 import io
 import itertools
+import json
 import pickle
 import zipfile
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from ncpvae import data
+from ncpvae.data.corpus import CORPORA
 from ncpvae.data.dataset import held_out
 
 
@@ -277,6 +280,100 @@ def test_vocabulary_and_length_are_limited(corpus):
     path = corpus(train="a a a b b c\n", validation="a b\n", test="c\n")
     loaded = data.text_lines(path, max_vocabulary=5, max_length=4)
     assert loaded.vocabulary[4:] == ("a",) and loaded.splits.train.tolist() == [[2, 4, 4, 4, 1, 3]]
+
+
+def test_lines_that_are_cut_off_are_told_of(corpus):
+    path = corpus(train="a a a\na\nb\nb\n", validation="a b\n", test="c\nc c c c\n")
+    assert data.load(f"text:{path}", max_length=4).caution == ""
+    short = data.load(f"text:{path}", max_length=2, max_vocabulary=5)
+    assert short.caution == "lines cut off after 2 words: 25.0% of train, 0.0% of validation, 50.0% of test"
+    assert short.splits.train.shape == (4, 4) and short.vocabulary[4:] == ("a",)
+    with pytest.raises(ValueError, match="load: max_length can be given for text only, not for 'gaussians'"):
+        data.load("gaussians", max_length=5)
+
+
+def test_a_token_of_the_text_can_stand_for_unknown_words(corpus):
+    loaded = data.text_lines(corpus(train="_UNK a _UNK\n", validation="a\n", test="_UNK <unk>\n"), unknown="_UNK")
+    assert loaded.vocabulary[4:] == ("a",) and loaded.splits.test.tolist() == [[2, 1, 1, 3]]
+
+
+def test_named_texts_have_their_caution(corpus, monkeypatch):
+    path = corpus(train="_UNK a b\nb c\n", validation="a\n", test="a b\n")
+    path.rename(path.with_name("yahoo"))
+    loaded = data.load("yahoo", path.parent, max_length=2)
+    assert (loaded.name, loaded.source) == ("yahoo", "folder yahoo") and "<unk>" in loaded.vocabulary
+    assert loaded.caution.startswith("made of the published validation and test files")
+    assert loaded.caution.endswith("; lines cut off after 2 words: 50.0% of train, 0.0% of validation, 0.0% of test")
+    assert "_UNK" not in loaded.vocabulary and loaded.splits.train[0].tolist() == [2, 1, 4, 3]
+    whole = dataclasses.replace(CORPORA["yahoo"], train_lines=2)
+    monkeypatch.setitem(CORPORA, "yahoo", whole)  # somebody has all of the training text
+    assert data.load("yahoo", path.parent).caution == ""
+    monkeypatch.delenv("NCPVAE_DATA", raising=False)
+    with pytest.raises(OSError, match="'war_and_peace' is not on the hub: give a data folder that holds"):
+        data.load("war_and_peace")
+
+
+VOCABULARY = ("<pad>", "<unk>", "<bos>", "<eos>", "a", "b")
+
+
+def test_text_becomes_ids_and_ids_text():
+    ids = data.from_text(["a b  a", "", "new <unk> b"], VOCABULARY)
+    assert ids.tolist() == [[2, 4, 5, 4, 3], [2, 3, 0, 0, 0], [2, 1, 1, 5, 3]]
+    assert data.to_text(ids, VOCABULARY) == ["a b a", "", "<unk> <unk> b"]
+    assert data.to_text(torch.tensor([2, 4, 3, 5]), VOCABULARY) == ["a"]  # one row; nothing after <eos>
+    assert data.to_text(torch.tensor([[[2, 4]], [[5, 5]]], dtype=torch.int32), VOCABULARY) == ["a", "b b"]
+    assert data.from_text(iter(["a b a"]), list(VOCABULARY), 2, truncate=True).tolist() == [[2, 4, 5, 3]]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: data.from_text([], VOCABULARY), ValueError, "from_text: lines must hold at least one line, got none"),
+        (lambda: data.from_text("a b", VOCABULARY), TypeError, "from_text: lines must be several strings, got one"),
+        (
+            lambda: data.from_text(["a", "a b a"], VOCABULARY, 2),
+            ValueError,
+            "from_text: line 2 has 3 words, more than max_length, 2; truncate=True",
+        ),
+        (lambda: data.from_text(["a"], VOCABULARY, 0), ValueError, "from_text: max_length must be ≥ 1, got 0"),
+        (lambda: data.from_text(["a <pad>"], VOCABULARY), ValueError, "line 1 holds the reserved token '<pad>'"),
+        (lambda: data.from_text(["a"], VOCABULARY[1:]), ValueError, "from_text: vocabulary must be a list that begins"),
+        (lambda: data.to_text(torch.tensor([[4, 6]]), VOCABULARY), ValueError, "to_text: ids must be in 0 … 5,.*got 6"),
+        (lambda: data.to_text(torch.tensor([[-1]]), VOCABULARY), ValueError, "to_text: ids must be in 0 … 5,.*got -1"),
+        (lambda: data.to_text(torch.tensor(4), VOCABULARY), ValueError, "to_text: ids must be .* got a single number"),
+        (lambda: data.to_text(torch.ones(2), VOCABULARY), TypeError, "to_text: ids must be .* got torch.float32"),
+    ],
+)
+def test_bad_lines_and_ids_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_vocabulary_is_saved_and_read(tmp_path):
+    vocabulary = (*VOCABULARY, "é", '"', "\\")
+    data.save_vocabulary(tmp_path / "vocabulary.json", vocabulary)
+    assert data.load_vocabulary(tmp_path / "vocabulary.json") == vocabulary
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "vocabulary must be a list that begins with <pad>, <unk>, <bos>, <eos>"),
+        ("<pad>", "vocabulary must be a list"),
+        ([*VOCABULARY, "a"], "vocabulary must hold distinct words without white space, got 'a' as id 6"),
+        ([*VOCABULARY, "c d"], "vocabulary must hold distinct words without white space, got 'c d' as id 6"),
+        ([*VOCABULARY, ""], "vocabulary must hold distinct words without white space, got '' as id 6"),
+        ([*VOCABULARY, 7], "vocabulary must hold distinct words without white space, got '7' as id 6"),
+    ],
+)
+def test_a_file_without_a_vocabulary_is_named(content, message, tmp_path):
+    (tmp_path / "v.json").write_text(json.dumps({"vocabulary": content}))
+    with pytest.raises(ValueError, match=f"load_vocabulary: .*v.json': {message}"):
+        data.load_vocabulary(tmp_path / "v.json")
+    if content is not None:
+        with pytest.raises(ValueError, match=f"save_vocabulary: {message}"):
+            data.save_vocabulary(tmp_path / "new.json", content)
+        assert not (tmp_path / "new.json").exists()
 
 
 @pytest.mark.parametrize("name", ["war_and_peace", "yahoo"])

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "python" / "ncpvae"
 LAYERS = [
-    "ops distributions nn _random _files _distributed pretrained _description",
+    "ops distributions nn _random _files _distributed _tokens pretrained _description",
     "vae nvae text_vae classifiers critics info",
     "samplers",
     "sharding",

@@ -22,6 +22,7 @@ from torch.distributions import Distribution, Independent
 import ncpvae
 from ncpvae import _description
 from ncpvae.pretrained import PartNeeded, Pretrained
+from ncpvae.text_vae import LatentContext, TextEncoder, TextLikelihood, text_vae
 
 
 def mlp_vae(prior=None):
@@ -46,6 +47,7 @@ def reweighted(base=None):
 
 
 X, X8, Z, MAPS = torch.rand(5, 1, 3, 4), torch.rand(5, 1, 8, 8), torch.randn(5, 3), torch.randn(5, 2, 4, 8)
+TEXT = torch.tensor([[2, 4, 5, 6, 3], *[[2, 1, 6, 3, 0]] * 4])
 
 #: name → a module, and something to see that another does the same
 FAMILY = {
@@ -60,6 +62,13 @@ FAMILY = {
     "BinomialLikelihood": (lambda: ncpvae.BinomialLikelihood(16), lambda m: m(Z, 1)),
     "NormalLikelihood": (lambda: ncpvae.NormalLikelihood(0.2), lambda m: m(Z, 1)),
     "NormalLikelihood, learned": (lambda: ncpvae.NormalLikelihood(0.2, True), lambda m: m(Z, 1)),
+    "TextEncoder": (lambda: TextEncoder(7, 4, 5, 3), lambda m: m(TEXT)),
+    "TextLikelihood": (lambda: TextLikelihood(7, 4, 5, 3, 9, word_dropout=0.2), lambda m: m(Z).log_prob(TEXT)),
+    "LatentContext": (LatentContext, lambda m: m(Z)),
+    "VAE of text": (
+        lambda: text_vae(7, 3, ncpvae.Normal(3), embedding_dim=4, hidden_dim=5),
+        lambda m: [m.encode(TEXT), m.decode(Z).log_prob(TEXT)],
+    ),
     "FeatureClassifier": (
         lambda: ncpvae.metrics.FeatureClassifier((1, 8, 8), 3, (4,)).trained("digits", 0.9),
         lambda m: m(X8),

@@ -32,6 +32,7 @@ CLASSES = {
         *("VAE", "GaussianEncoder", "MLPEncoder", "MLPDecoder", "ConvEncoder", "ConvDecoder"),
         *("StackedConvEncoder", "StackedConvDecoder"),
     ),
+    "text_vae": ("TextEncoder", "LatentContext", "TextLikelihood"),
     "distributions": ("BernoulliLikelihood", "BinomialLikelihood", "NormalLikelihood"),
     "classifiers": ("MLPClassifier", "ResidualClassifier"),
     "priors": ("Normal", "GaussianMixture", "NoiseContrastivePrior"),

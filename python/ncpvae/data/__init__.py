@@ -2,14 +2,14 @@
 
     toy.py         what needs no file: 25 Gaussians, scikit-learn's digits
     hub.py         images in the Hugging Face hub's layout, from a folder or the hub
-    folder.py      a folder of images      arrays.py   an .npz file      corpus.py   text
+    folder.py      a folder of images      arrays.py   an .npz file      corpus.py   text, and vocabularies
     images.py      decoding                transforms.py   on the device: binarise, flip, pad, quantise, scale
 
 Images are uint8 in memory; what a model sees is made from each batch on its device.
 """
 
 from .arrays import npz_file
-from .corpus import text_lines
+from .corpus import from_text, load_vocabulary, save_vocabulary, text_lines, to_text
 from .dataset import Dataset, Splits
 from .folder import image_folder
 from .hub import check_folder, mnist
@@ -29,17 +29,21 @@ __all__ = [
     "check_folder",
     "compose",
     "digits",
+    "from_text",
     "gaussian_grid_entropy",
     "gaussian_grid_means",
     "gaussians",
     "image_folder",
     "load",
+    "load_vocabulary",
     "mnist",
     "npz_file",
     "pad",
     "quantize",
     "random_flip",
+    "save_vocabulary",
     "scale",
     "text_lines",
     "to_float",
+    "to_text",
 ]
