@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Independent
 
 import ncpvae
 from ncpvae import _description
+from ncpvae.pixelcnn import PixelCNNLikelihood
 from ncpvae.pretrained import PartNeeded, Pretrained
 
 
@@ -59,6 +60,10 @@ FAMILY = {
     "BernoulliLikelihood": (ncpvae.BernoulliLikelihood, lambda m: m(Z, 1)),
     "BinomialLikelihood": (lambda: ncpvae.BinomialLikelihood(16), lambda m: m(Z, 1)),
     "NormalLikelihood": (lambda: ncpvae.NormalLikelihood(0.2), lambda m: m(Z, 1)),
+    "PixelCNNLikelihood": (
+        lambda: PixelCNNLikelihood(2, 3, range(5, 0, -2)),
+        lambda m: m(MAPS, 3).log_prob((MAPS[:, :1] > 0).float()),
+    ),
     "NormalLikelihood, learned": (lambda: ncpvae.NormalLikelihood(0.2, True), lambda m: m(Z, 1)),
     "FeatureClassifier": (
         lambda: ncpvae.metrics.FeatureClassifier((1, 8, 8), 3, (4,)).trained("digits", 0.9),

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 #: the classes that a description may name, by the module they are in
 CLASSES = {
     "vae": ("VAE", "GaussianEncoder", "MLPEncoder", "MLPDecoder", "ConvEncoder", "ConvDecoder"),
+    "pixelcnn": ("PixelCNNLikelihood",),
     "distributions": ("BernoulliLikelihood", "BinomialLikelihood", "NormalLikelihood"),
     "classifiers": ("MLPClassifier", "ResidualClassifier"),
     "priors": ("Normal", "GaussianMixture", "NoiseContrastivePrior"),
