@@ -186,7 +186,7 @@ class PixelCNNLikelihood(Pretrained):
 
     @torch.no_grad()
     def draw(self, context: Tensor, uniform: Tensor) -> Tensor:
-        """Images [R, 1, H, W] for feature maps [R, C, H, W]: a pixel is 1 where `uniform`, of that shape, is below p."""
+        """Images [R, 1, H, W] for feature maps [R, C, H, W]: a pixel is 1 where `uniform`, of its shape, is < p."""
         with torch.autocast(context.device.type, enabled=False):
             seen = self.see_context(context.to(self.see_context.weight.dtype))
             rows, _, height, width = seen.shape

@@ -8,21 +8,22 @@ from .corpus import text_lines
 from .dataset import Dataset
 from .folder import image_folder
 from .hub import HUB, data_folder, load_hub
-from .toy import load_digits, load_gaussians
+from .toy import load_digits, load_gaussian_mixture, load_gaussians
 
 READERS = {"imagefolder": image_folder, "npz": npz_file, "text": text_lines}
-NAMES = ("gaussians", "digits", *HUB, *(f"{kind}:PATH" for kind in READERS))
+NAMES = ("gaussians", "toy-gmm", "digits", *HUB, *(f"{kind}:PATH" for kind in READERS))
 
 
 def load(name: str, folder: str | os.PathLike | None = None, seed: int = 0) -> Dataset:
     """The data set of that name, one of `NAMES`, in memory.
 
     Args:
-        name: `gaussians`, `digits`, a name of `ncpvae.data.hub` (`mnist`, …), or the path of one's own data:
+        name: `gaussians`, `toy-gmm`, `digits`, a name of `ncpvae.data.hub` (`mnist`, …), or the path of one's own data:
             `imagefolder:PATH`, `npz:PATH`, `text:PATH`. A path that does not exist as given is looked up in the folder.
         folder: holds data sets in the hub's layout; `NCPVAE_DATA` by default. What is not there comes from the hub.
             `cifar10` is CIFAR-10 alone: the JPEG subset has a name of its own, `cifar10_jpeg_subset`.
-        seed: of what is drawn (`gaussians`). How data are split is fixed, and does not depend on it.
+        seed: of what is drawn: `gaussians`, and `toy-gmm`, of which another seed is another distribution. How other
+            data are split is fixed, and does not depend on it.
 
     Raises:
         ValueError: for a name that is none, and contents of another kind than expected (with file and row).
@@ -32,6 +33,8 @@ def load(name: str, folder: str | os.PathLike | None = None, seed: int = 0) -> D
         raise TypeError(f"load: name must be a string, got {type(name).__name__}")
     if name == "gaussians":
         return load_gaussians(seed)
+    if name == "toy-gmm":
+        return load_gaussian_mixture(seed)
     if name == "digits":
         return load_digits()
     if name in HUB:
