@@ -130,6 +130,17 @@ def test_images_and_feature_maps_are_broadcast():
     torch.testing.assert_close(log_p, torch.stack([torch.stack(part) for part in one_by_one]))
 
 
+def test_without_gradients_many_rows_are_computed_in_parts(monkeypatch):
+    network, x, context = small(), (torch.rand(5, 1, 4, 4) < 0.5).double(), torch.randn(3, 5, 2, 4, 4).double()
+    together, passes = network.logits(x, context), []
+    monkeypatch.setattr("ncpvae.pixelcnn.ROWS_AT_ONCE", {"cpu": 4})
+    network.see_x.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    with torch.no_grad():
+        torch.testing.assert_close(network.logits(x, context), together.detach())
+        assert network.logits(x[:0], context[:, :0]).shape == (3, 0, 1, 4, 4)
+    assert passes == [4, 4, 4, 3, 0]
+
+
 def pixel_vae(size=8, latent=2):
     encoder, decoder = ncpvae.MLPEncoder(size**2, [32], latent), ncpvae.MLPDecoder(latent, (), (2, size, size))
     return ncpvae.VAE(encoder, decoder, PixelCNNLikelihood(2, 8, (5, 3, 3)), ncpvae.Normal(latent))
