@@ -39,6 +39,48 @@ def test_gaussians_by_name_are_the_draws_of_three_seeds():
     assert loaded.transform()(loaded.splits.test) is loaded.splits.test
 
 
+def test_the_toy_mixture_has_the_parameters_it_says_and_its_classes_as_labels():
+    loaded, (mean, std) = data.load("toy-gmm", seed=3), data.gaussian_mixture_parameters(3)
+    assert (loaded.name, loaded.kind, loaded.source) == ("toy-gmm", "vector", "mixture and draws with seed 3")
+    assert [x.shape for x in loaded.splits] == [(162_000, 16), (18_000, 16), (20_000, 16)]
+    assert loaded.splits.train.dtype == torch.float32
+    assert mean.norm(dim=1).max() < 40 and std.max() < 8**0.5
+    x, label = torch.cat(loaded.splits).double(), torch.cat(loaded.labels)
+    assert label.bincount().tolist() == [20_000] * 10
+    assert loaded.labels.test.bincount(minlength=10).double().std() < 100  # shuffled: it is 42 on average
+    residuals = (x - mean[label]) / std[label, None]
+    for k in range(10):
+        own = residuals[label == k]
+        assert own.mean(0).abs().max() < 5 / 20_000**0.5
+        torch.testing.assert_close(own.T.cov(), torch.eye(16).double(), atol=5 * (2 / 20_000) ** 0.5, rtol=0)
+    same, other = data.load("toy-gmm", seed=3), data.gaussian_mixture_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.splits, same.splits, strict=True))
+    assert not torch.equal(other[0], mean)
+
+
+def test_radii_and_variances_of_toy_mixtures_are_uniform_and_directions_have_none():
+    drawn = [data.gaussian_mixture_parameters(seed) for seed in range(300)]
+    mean, std = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    grid = (torch.arange(3000) + 0.5) / 3000
+    for uniform in (mean.norm(dim=1) / 40, std.square() / 8):
+        assert (uniform.sort().values - grid).abs().max() < 2 / 3000**0.5  # Kolmogorov-Smirnov, p < 0.001
+    direction = mean / mean.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(16 * direction.T.cov(), torch.eye(16).double(), atol=0.12, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_entropy_of_a_toy_mixture_is_its_mean_negative_log_density(seed):
+    found, (mean, std) = data.gaussian_mixture_entropy(seed), data.gaussian_mixture_parameters(seed)
+    components = torch.distributions.Independent(torch.distributions.Normal(mean, std[:, None].expand_as(mean)), 1)
+    weights = torch.distributions.Categorical(logits=torch.zeros(10).double())
+    x = data.load("toy-gmm", seed=seed).splits.validation.double()
+    nll = -torch.distributions.MixtureSameFamily(weights, components).log_prob(x)
+    assert abs(nll.mean() - found.value) < 4 * nll.std() / len(x) ** 0.5
+    assert 0 < found.standard_error < 0.01
+    few = [data.gaussian_mixture_entropy(seed, per_class=2**n) for n in range(6, 12)]
+    assert all(abs(e.value - found.value) < 5 * (e.standard_error + found.standard_error) for e in few)
+
+
 def test_digits_split_without_overlap():
     pytest.importorskip("sklearn")
     splits = data.digits()
@@ -122,8 +164,9 @@ def test_composition_goes_from_first_to_last_and_keeps_nothing_needless():
         (
             lambda: data.load("cifar11"),
             ValueError,
-            "load: name must be one of gaussians, digits, mnist,.*got 'cifar11'",
+            "load: name must be one of gaussians, toy-gmm, digits,.*got 'cifar11'",
         ),
+        (lambda: data.gaussian_mixture_entropy(per_class=1), ValueError, "per_class must be ≥ 2, got 1"),
         (lambda: data.load("npz:"), ValueError, "load: name must be one of .*npz:PATH, text:PATH, got 'npz:'"),
         (lambda: data.load(3), TypeError, "load: name must be a string, got int"),
         (lambda: data.load("npz:/no/such"), OSError, "load: '/no/such' does not exist"),

@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Independent
 
 import ncpvae
 from ncpvae import _description
+from ncpvae.pixelcnn import PixelCNNLikelihood
 from ncpvae.pretrained import PartNeeded, Pretrained
 from ncpvae.text_vae import LatentContext, TextEncoder, TextLikelihood, text_vae
 
@@ -61,6 +62,10 @@ FAMILY = {
     "BernoulliLikelihood": (ncpvae.BernoulliLikelihood, lambda m: m(Z, 1)),
     "BinomialLikelihood": (lambda: ncpvae.BinomialLikelihood(16), lambda m: m(Z, 1)),
     "NormalLikelihood": (lambda: ncpvae.NormalLikelihood(0.2), lambda m: m(Z, 1)),
+    "PixelCNNLikelihood": (
+        lambda: PixelCNNLikelihood(2, 3, range(5, 0, -2)),
+        lambda m: m(MAPS, 3).log_prob((MAPS[:, :1] > 0).float()),
+    ),
     "NormalLikelihood, learned": (lambda: ncpvae.NormalLikelihood(0.2, True), lambda m: m(Z, 1)),
     "TextEncoder": (lambda: TextEncoder(7, 4, 5, 3), lambda m: m(TEXT)),
     "TextLikelihood": (lambda: TextLikelihood(7, 4, 5, 3, 9, word_dropout=0.2), lambda m: m(Z).log_prob(TEXT)),

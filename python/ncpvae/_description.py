@@ -33,6 +33,7 @@ CLASSES = {
         *("StackedConvEncoder", "StackedConvDecoder"),
     ),
     "text_vae": ("TextEncoder", "LatentContext", "TextLikelihood"),
+    "pixelcnn": ("PixelCNNLikelihood",),
     "distributions": ("BernoulliLikelihood", "BinomialLikelihood", "NormalLikelihood"),
     "classifiers": ("MLPClassifier", "ResidualClassifier"),
     "priors": ("Normal", "GaussianMixture", "NoiseContrastivePrior"),

@@ -1,6 +1,6 @@
 """Named data sets as tensors: `load("mnist")` → `Dataset`, with what turns a batch of it into what a model sees.
 
-    toy.py         what needs no file: 25 Gaussians, scikit-learn's digits
+    toy.py         what needs no file: mixtures of Gaussians, scikit-learn's digits
     hub.py         images in the Hugging Face hub's layout, from a folder or the hub
     folder.py      a folder of images      arrays.py   an .npz file      corpus.py   text, and vocabularies
     images.py      decoding                transforms.py   on the device: binarise, flip, pad, quantise, scale
@@ -14,7 +14,17 @@ from .dataset import Dataset, Splits
 from .folder import image_folder
 from .hub import check_folder, mnist
 from .names import NAMES, load
-from .toy import GAUSSIANS_SPACING, GAUSSIANS_STD, digits, gaussian_grid_entropy, gaussian_grid_means, gaussians
+from .toy import (
+    GAUSSIANS_SPACING,
+    GAUSSIANS_STD,
+    Entropy,
+    digits,
+    gaussian_grid_entropy,
+    gaussian_grid_means,
+    gaussian_mixture_entropy,
+    gaussian_mixture_parameters,
+    gaussians,
+)
 from .transforms import Transform, as_is, binarize, compose, pad, quantize, random_flip, scale, to_float
 
 __all__ = [
@@ -22,6 +32,7 @@ __all__ = [
     "GAUSSIANS_STD",
     "NAMES",
     "Dataset",
+    "Entropy",
     "Splits",
     "Transform",
     "as_is",
@@ -32,6 +43,8 @@ __all__ = [
     "from_text",
     "gaussian_grid_entropy",
     "gaussian_grid_means",
+    "gaussian_mixture_entropy",
+    "gaussian_mixture_parameters",
     "gaussians",
     "image_folder",
     "load",

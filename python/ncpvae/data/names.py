@@ -10,10 +10,10 @@ from .corpus import CORPORA, load_corpus, text_lines
 from .dataset import Dataset
 from .folder import image_folder
 from .hub import HUB, data_folder, load_hub
-from .toy import load_digits, load_gaussians
+from .toy import load_digits, load_gaussian_mixture, load_gaussians
 
 READERS: dict[str, Callable[..., Dataset]] = {"imagefolder": image_folder, "npz": npz_file, "text": text_lines}
-NAMES = ("gaussians", "digits", *HUB, *CORPORA, *(f"{kind}:PATH" for kind in READERS))
+NAMES = ("gaussians", "toy-gmm", "digits", *HUB, *CORPORA, *(f"{kind}:PATH" for kind in READERS))
 
 
 def load(
@@ -26,12 +26,13 @@ def load(
     """The data set of that name, one of `NAMES`, in memory.
 
     Args:
-        name: `gaussians`, `digits`, a name of `ncpvae.data.hub` (`mnist`, …) or of `ncpvae.data.corpus` (`yahoo`, …),
-            or the path of one's own data: `imagefolder:PATH`, `npz:PATH`, `text:PATH`. A path that does not exist as
-            given is looked up in the folder.
+        name: `gaussians`, `toy-gmm`, `digits`, a name of `ncpvae.data.hub` (`mnist`, …) or of `ncpvae.data.corpus`
+            (`yahoo`, …), or the path of one's own data: `imagefolder:PATH`, `npz:PATH`, `text:PATH`. A path that does
+            not exist as given is looked up in the folder.
         folder: holds data sets in the hub's layout; `NCPVAE_DATA` by default. Images that are not there come from the
             hub. `cifar10` is CIFAR-10 alone: the JPEG subset has a name of its own, `cifar10_jpeg_subset`.
-        seed: of what is drawn (`gaussians`). How data are split is fixed, and does not depend on it.
+        seed: of what is drawn: `gaussians`, and `toy-gmm`, of which another seed is another distribution. How other
+            data are split is fixed, and does not depend on it.
         max_vocabulary, max_length: of text, and of nothing else; as `text_lines` has them.
 
     Raises:
@@ -47,6 +48,8 @@ def load(
         raise ValueError(f"load: {', '.join(options)} can be given for text only, not for {name!r}")
     if name == "gaussians":
         return load_gaussians(seed)
+    if name == "toy-gmm":
+        return load_gaussian_mixture(seed)
     if name == "digits":
         return load_digits()
     if name in HUB:
