@@ -6,6 +6,9 @@ from .gaussians import Gaussians
 from .images_conv import ImagesConv
 from .mnist_mlp import MnistMLP
 from .omniglot_conv import OmniglotConv
+from .omniglot_pixelcnn import OmniglotPixelCNN
+from .text_lstm import TextLSTM
+from .toy_gmm import ToyGMM
 
 #: the names that `ncpvae train` knows
 RECIPES: dict[str, Recipe] = {
@@ -13,7 +16,10 @@ RECIPES: dict[str, Recipe] = {
     "digits": Digits(),
     "mnist-mlp": MnistMLP(),
     "images-conv": ImagesConv(),
+    "toy-gmm": ToyGMM(),
     "omniglot-conv": OmniglotConv(),
+    "omniglot-pixelcnn": OmniglotPixelCNN(),
+    "text-lstm": TextLSTM(),
 }
 
 __all__ = [
@@ -25,9 +31,12 @@ __all__ = [
     "ImagesConv",
     "MnistMLP",
     "OmniglotConv",
+    "OmniglotPixelCNN",
     "Recipe",
     "Remedies",
     "StageTwo",
+    "TextLSTM",
+    "ToyGMM",
     "from_dict",
     "initialised",
 ]

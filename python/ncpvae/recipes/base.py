@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..critics import Critic, HybridCritic, SelfCritic
+from ..data import Dataset, load
 from ..objectives import FreeBits, cyclical_annealing, linear_annealing
 from ..train import Aggressive, Execution, adamw
 from ..train.engine import Schedule
@@ -180,6 +181,14 @@ class Recipe(ABC):
         for name in ("shape", "channels"):
             if not getattr(self, name, (1,)) or min(getattr(self, name, (1,))) < 1:
                 raise ValueError(f"{name} must hold numbers ≥ 1, got {getattr(self, name)}")
+
+    def load(self, folder: str | None = None) -> Dataset:
+        """The data set, from that folder, `NCPVAE_DATA` or the hub."""
+        return load(self.data, folder, self.seed)
+
+    def example(self, count: int) -> Tensor:
+        """Some examples as the model sees them, of right shape and kind, for sizes to be counted."""
+        return torch.zeros(count, *self.shape)
 
     @abstractmethod
     def vae(self, mean: Tensor | None = None) -> VAE:

@@ -173,7 +173,7 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
 
 def information(run: Run, vae: VAE, seed: int) -> list[Metric]:
     """What the codes of the test examples hold, by estimators over all of them, and by those of published tables."""
-    test, prior = run.dataset.splits.test[: run.recipe.evaluation.test_examples], vae.prior_distribution()
+    test, prior = run.dataset.splits.test, vae.prior_distribution()
     found = metrics.collect_posteriors(
         test, vae.encode, transform=run.recipe.evaluation_transform, seed=seed, device=run.device, distributed=True
     )

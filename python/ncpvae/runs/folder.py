@@ -4,6 +4,7 @@ RUN/config.json          recipe, its settings, data, versions, commands
 RUN/metrics.jsonl        stage one as it went
 RUN/checkpoints/         its resume state
 RUN/vae/                 the VAE: config.json and model.safetensors (`VAE.from_pretrained`)
+RUN/vocabulary.json      of text, the word of each id
 RUN/critic/              the contrastive critic's weights, where one was trained with it
 RUN/prior/               stage two: metrics.jsonl, checkpoints/, model/ (`NoiseContrastivePrior.from_pretrained`)
 RUN/samples/             pictures, and the tensors they show
@@ -68,7 +69,7 @@ class Run:
         Raises:
             ValueError: where its examples do not have the recipe's shape.
         """
-        dataset = data.load(self.recipe.data, self.data_folder, self.recipe.seed)
+        dataset = self.recipe.load(self.data_folder)
         shape = tuple(dataset.splits.train.shape[1:])
         if shape != self.recipe.shape:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from .. import _random
 from .._distributed import rank, ranks
 from .._files import atomic_file
-from ..data import Dataset
+from ..data import Dataset, save_vocabulary
 from ..priors import GaussianMixture, NoiseContrastivePrior, Normal
 from ..recipes import Recipe, StageTwo, initialised
 from ..train import NCPResult, TrainResult, fit_ncp, fit_vae
@@ -57,7 +57,8 @@ def train(
     run = open_run(folder, device, data_folder)
     dataset = run.dataset
     examples, validation = placed(dataset.splits.train, run.device), placed(dataset.splits.validation, run.device)
-    vae = initialised(recipe.seed, lambda: recipe.vae(mean_of(dataset))).to(run.device)
+    mean = None if dataset.kind == "text" else mean_of(dataset)
+    vae = initialised(recipe.seed, lambda: recipe.vae(mean)).to(run.device)
     critic = initialised(recipe.seed, lambda: recipe.build_critic(vae))
     result = fit_vae(
         vae,
@@ -74,6 +75,8 @@ def train(
     )
     if processes().is_main_process:
         vae.save_pretrained(folder / "vae")
+        if dataset.vocabulary is not None:
+            save_vocabulary(folder / "vocabulary.json", dataset.vocabulary)
         if critic is not None:
             with atomic_file(folder / "critic" / "model.safetensors") as file:
                 save_file(critic.state_dict(), file)
@@ -191,7 +194,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
     own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _random.scoped(0):
-        x = torch.zeros(2, *recipe.shape)
+        x = recipe.example(2)
         out = vae(x)
         (out.likelihood.log_prob(x).sum() + out.posterior.log_prob(out.z).sum()).backward()
     activations = sum(size for pointer, size in kept.items() if pointer not in own)
