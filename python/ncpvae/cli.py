@@ -127,7 +127,8 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         from .runs.sampling import sample as draw
 
         path, result = draw(opened(run, device, None), count, sampling, temperature, base, seed, output)
-        _say(f"{path} and {path.with_suffix('.png').name}")
+        beside = [path.with_suffix(suffix).name for suffix in (".png", ".txt") if path.with_suffix(suffix).is_file()]
+        _say(" and ".join([str(path), *beside]))
         if result is not None:
             d = result.diagnostics
             if d.stopped == "num_steps":

@@ -243,6 +243,15 @@ class Recipe(ABC):
         """The schedule of stage one, as `fit_vae` takes it."""
         return self.schedule
 
+    def comparable(self, x: Tensor) -> Tensor:
+        """Examples or samples [N, …] → what distances between them are taken of, in `comparable_in`."""
+        return x
+
+    @property
+    def comparable_in(self) -> str:
+        """The name of that space."""
+        return "pixels" if len(self.shape) == 3 else "data space"
+
     def published(self) -> dict[str, str]:
         """Figures of the source for these settings, by the titles of `ncpvae compare`'s columns, and a `note`."""
         return {}

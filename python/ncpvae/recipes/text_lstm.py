@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._tokens import BOS, PAD, UNK
+from .._tokens import BOS, EOS, PAD, UNK
 from ..classifiers import MLPClassifier
 from ..data import Dataset, Splits
 from ..data import load as load_data
@@ -16,6 +16,8 @@ from ..train import Execution
 from ..vae import VAE
 from .base import CriticSettings, Evaluation, Recipe, StageTwo
 from .toy_gmm import STUDY
+
+FREQUENT = 1000  # words, by whose frequencies texts are compared: the ids begin with them
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,17 @@ class TextLSTM(Recipe):
 
     def transform(self, x: Tensor, training: bool = True) -> Tensor:
         return x
+
+    def comparable(self, x: Tensor) -> Tensor:
+        x = x.long()
+        words = (x != PAD) & (x != BOS) & (x != EOS)
+        counted = (words & (x < FREQUENT)).float()
+        counts = counted.new_zeros(len(x), FREQUENT).scatter_add_(1, x.clamp(max=FREQUENT - 1), counted)
+        return counts / words.sum(1, keepdim=True).clamp(min=1)
+
+    @property
+    def comparable_in(self) -> str:
+        return f"each text's frequencies of the {FREQUENT:,} most frequent words"
 
     def published(self) -> dict[str, str]:
         columns = ("NLL", "MI", "AU", "density", "coverage")

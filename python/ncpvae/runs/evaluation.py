@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import metrics
+from .. import _random, metrics
 from .._files import read_json
 from ..distributions import normal_parameters
-from ..metrics import FeatureClassifier, InceptionFeatures
+from ..metrics import FeatureClassifier, InceptionFeatures, Likelihood
 from ..priors import NoiseContrastivePrior
 from ..recipes import Evaluation
 from ..report import Metric
@@ -24,11 +24,12 @@ from ..sharding import sample_sharded
 from ..train.execution import processes
 from ..vae import VAE
 from .folder import Run, as_json, environment, write_json
-from .sampling import decoded, from_base
+from .sampling import decoded, from_base, has_mean
 
 FILE = "evaluation.json"
 MI, CAP, AU = "mutual information I(x; z)", "its cap, log N", "active units"
 KL, MARGINAL_KL = "KL(q(z|x) ‖ p(z))", "KL(q(z) ‖ p(z))"
+SIDES = {"base": "base", "ncp": "snis"}  # of a Metric, and the likelihood that stands there
 LANGEVIN, LANGEVIN_CHAINS = Langevin(1000, 1e-3), 1000  # in two dimensions, where they can be looked at
 MODES = "samples within 4σ of a mode"
 NLL, JSD = "test NLL, SNIS bound", "JSD(q(z) ‖ base)"  # the headlines
@@ -62,7 +63,7 @@ def evaluate(
     base, ncp, diagnostics = drawn(run, vae, prior, seed)
     if run.recipe.shape == (2,) and run.recipe.data == "gaussians":
         figures += modes(run, vae, prior, base, ncp, seed)
-    figures += fidelity(run, base, ncp, features, seed)
+    figures += fidelity(run, vae, base, ncp, features, seed)
     if diagnostics is not None:
         ess, count = float(diagnostics.ess.mean()), diagnostics.num_proposals
         how = f"mean over {len(base):,} samples, of {count:,} base draws each; seed {seed}"
@@ -134,17 +135,18 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
         distributed=True,
     )
     protocol = f"{nll['base'].protocol}; seed {seed}"
-    base = {"base": nll["base"].nll, "base_error": nll["base"].standard_error}
-    name, unit = "test NLL", f"nats per {'image' if len(run.recipe.shape) == 3 else 'example'}"
-    if prior is None:
-        return [Metric(name, unit, ncp=None, lower_is_better=True, protocol=protocol, **base)]
     ways = {
         "log_z": "by the estimated log Z, optimistic on average",
         "snis": f"by the SNIS bound with {e.snis_proposals:,} proposals, shared between examples of a chunk",
     }
+    rows = [] if run.dataset.lengths is None else [perplexities(run, nll, protocol, ways["snis"])]
+    base = {"base": nll["base"].nll, "base_error": nll["base"].standard_error}
+    name, unit = "test NLL", f"nats per {'image' if len(run.recipe.shape) == 3 else 'example'}"
+    if prior is None:
+        return [Metric(name, unit, ncp=None, lower_is_better=True, protocol=protocol, **base), *rows]
     gains = {key: nll["base"].per_example - nll[key].per_example for key in ways}
     spreads = {key: float(g.std()) / math.sqrt(len(g)) if len(g) > 1 else None for key, g in gains.items()}
-    rows = [
+    rows += [
         Metric(
             NLL if key == "snis" else "test NLL, log Ẑ",
             unit,
@@ -203,6 +205,15 @@ def information(run: Run, vae: VAE, seed: int) -> list[Metric]:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def perplexities(run: Run, nll: dict[str, Likelihood], protocol: str, how: str) -> Metric:
+    """Of text: exp of the nats per word, `<eos>` counted as one and `<bos>` not."""
+    assert run.dataset.lengths is not None
+    words = run.dataset.lengths.test[: run.recipe.evaluation.test_examples] - 1
+    found = {side: metrics.perplexity(nll[key].per_example, words) for side, key in SIDES.items() if key in nll}
+    protocol = f"{found['base'].protocol}; {protocol}; NCP {how}"
+    return _row("perplexity", "", found, "value", True, protocol, "standard_error")
 
 
 def ratio(run: Run) -> list[Metric]:
@@ -266,21 +277,28 @@ def drawn(
     return base, decoded(run, vae, result.z, seed), result.diagnostics
 
 
-def fidelity(run: Run, base: Tensor, ncp: Tensor | None, features: str | None, seed: int) -> list[Metric]:
+def fidelity(run: Run, vae: VAE, base: Tensor, ncp: Tensor | None, features: str | None, seed: int) -> list[Metric]:
     """Distances between samples and test examples, density and coverage, and the memorisation check."""
     dataset, e = run.dataset, run.recipe.evaluation
     scale = dataset.levels or 1
     sides = {"base": base, "ncp": ncp}
-    test, train = (part.float() / scale for part in (dataset.splits.test, dataset.splits.train))
+    means = len(run.recipe.shape) != 3 or has_mean(vae)
+    with _random.scoped(seed):  # draws of binary pixels are compared with data binarised alike
+        test, train = (
+            part.float() / scale if means else run.recipe.pictures(run.recipe.evaluation_transform(part))
+            for part in (dataset.splits.test, dataset.splits.train)
+        )
     extractor = None if len(run.recipe.shape) != 3 else _extractor(features, run)
 
     def space(x: Tensor) -> Any:
+        x = run.recipe.comparable(x)
         return x if extractor is None else metrics.extract_features(x, extractor, device=run.device)
 
-    where = "pixels" if len(run.recipe.shape) == 3 else "data space"
-    where = where if extractor is None else extractor.name  # type: ignore[assignment]
+    where = run.recipe.comparable_in if extractor is None else str(extractor.name)
     if len(run.recipe.shape) == 3:
-        where += ", samples being the decoder's means, which are smoother than data"
+        where += ", samples being " + (
+            "the decoder's means, which are smoother than data" if means else "draws, as data"
+        )
     where += f"; seed {seed}"
     some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[: e.samples]
     real, known = space(test), space(train)

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from .. import _random, plots
-from .._files import atomic_file
+from .._files import atomic_file, write_atomic
+from ..data import load_vocabulary, to_text
 from ..distributions import temper
 from ..metrics import nearest_neighbours
 from ..samplers import SIR, Langevin, Sampler, SampleResult
 from ..sharding import sample_sharded
+from ..text_vae import TextLikelihood
 from ..train.execution import check_count, processes
 from ..vae import VAE
 from .folder import Run
@@ -44,23 +46,30 @@ class Sampling:
 
 
 @torch.no_grad()
+def has_mean(vae: VAE) -> bool:
+    """Whether p(x|z) has a mean in closed form; that of an autoregressive decoder has none."""
+    device = next(vae.parameters()).device
+    try:
+        vae.decode(torch.zeros(1, *vae.prior_distribution().event_shape, device=device)).mean  # noqa: B018
+    except NotImplementedError:
+        return False
+    return True
+
+
+@torch.no_grad()
 def decode_mean(vae: VAE, z: Tensor) -> Tensor:
-    """The mean of p(x|z), the picture to look at; a draw where it has none in closed form. Some rows at a time."""
-    parts = []
-    for part in z.split(ROWS_AT_ONCE):
-        likelihood = vae.decode(part)
-        try:
-            parts.append(likelihood.mean)
-        except NotImplementedError:  # as of an autoregressive decoder, whose pixels depend on each other
-            parts.append(likelihood.sample())
-    return torch.cat(parts)
+    """The mean of p(x|z), the picture to look at; where it has none a draw, or a text decoded greedily."""
+    mean = has_mean(vae)
+    distributions = (vae.decode(part) for part in z.split(ROWS_AT_ONCE))
+    likeliest = (lambda p: p.greedy()) if isinstance(vae.likelihood, TextLikelihood) else (lambda p: p.sample())
+    return torch.cat([p.mean if mean else likeliest(p) for p in distributions])
 
 
 def decoded(run: Run, vae: VAE, z: Tensor, seed: int) -> Tensor:
-    """z [N, D] → pictures [N, C, H, W] in [0, 1], the decoder's mean; points [N, 2] are drawn from the decoder."""
-    if len(run.recipe.shape) == 3:
-        return run.recipe.pictures(decode_mean(vae, z)).clamp(0, 1).cpu()
+    """z [N, D] → pictures [N, C, H, W] in [0, 1], the decoder's mean; points and texts are drawn from the decoder."""
     with torch.no_grad(), _random.scoped(seed):
+        if len(run.recipe.shape) == 3:
+            return run.recipe.pictures(decode_mean(vae, z)).clamp(0, 1).cpu()
         return run.recipe.pictures(vae.decode(z).sample()).cpu()
 
 
@@ -106,7 +115,7 @@ def sample(
     x = decoded(run, vae, z, seed)
     if processes().is_main_process:
         _write(path, {"z": z.cpu(), "x": x})
-        _picture(path.with_suffix(".png"), [(f"{name}, temperature {temperature:g}", x[:100])])
+        show(run, path, [(f"{name}, temperature {temperature:g}", x[:100])])
     processes().wait_for_everyone()
     return path, result
 
@@ -118,7 +127,7 @@ def reconstruct(run: Run, num: int, output: Path | None = None) -> Path:
     originals, reconstructions = reconstructions_of(run, run.vae(), run.dataset.splits.test[:num])
     path = output or run.folder / "samples" / "reconstructions.safetensors"
     _write(path, {"x": originals, "reconstruction": reconstructions})
-    _picture(path.with_suffix(".png"), [("test examples", originals[:100]), ("reconstructions", reconstructions[:100])])
+    show(run, path, [("test examples", originals[:100]), ("reconstructions", reconstructions[:100])])
     return path
 
 
@@ -128,8 +137,8 @@ def reconstructions_of(run: Run, vae: VAE, examples: Tensor) -> tuple[Tensor, Te
     x = run.on_device(examples)
     with _random.scoped(run.recipe.seed):
         codes = [vae.encode(run.recipe.evaluation_transform(part)).mean for part in x.split(ROWS_AT_ONCE)]
-    originals = x.float() / (run.dataset.levels or 1)
-    return originals.cpu(), run.recipe.pictures(decode_mean(vae, torch.cat(codes))).cpu()
+        copies = run.recipe.pictures(decode_mean(vae, torch.cat(codes))).cpu()
+    return (x.float() / (run.dataset.levels or 1)).cpu(), copies
 
 
 @torch.no_grad()
@@ -145,11 +154,11 @@ def interpolate(run: Run, rows: int, steps: int, output: Path | None = None) -> 
         raise ValueError(f"interpolate: rows must be ≤ {len(test) // 2}, got {rows}")
     with _random.scoped(run.recipe.seed):
         first, second = vae.encode(run.recipe.evaluation_transform(run.on_device(test[: 2 * rows]))).mean.chunk(2)
-    z = spherical(first, second, torch.linspace(0, 1, steps, device=first.device))  # [rows, steps, D]
-    x = run.recipe.pictures(decode_mean(vae, z.flatten(0, 1))).cpu()
+        z = spherical(first, second, torch.linspace(0, 1, steps, device=first.device))  # [rows, steps, D]
+        x = run.recipe.pictures(decode_mean(vae, z.flatten(0, 1))).cpu()
     path = output or run.folder / "samples" / "interpolation.safetensors"
     _write(path, {"z": z.flatten(0, 1).cpu(), "x": x})
-    _picture(path.with_suffix(".png"), [("interpolation between test examples", x)], columns=steps)
+    show(run, path, [("interpolation between test examples", x)], columns=steps)
     return path
 
 
@@ -176,7 +185,7 @@ def overview(run: Run) -> Path:
         panels.append(("nearest training examples", nearest))
     path = run.folder / "samples" / "overview.png"
     path.parent.mkdir(exist_ok=True)
-    _picture(path, panels)
+    show(run, path, panels)
     return path
 
 
@@ -185,8 +194,16 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
-def _picture(path: Path, panels: list[tuple[str, Tensor]], columns: int | None = None) -> None:
+def show(run: Run, path: Path, panels: list[tuple[str, Tensor]], columns: int | None = None) -> None:
+    """Beside `path`, a picture of images or points, or a file with the lines of texts; nothing for other examples."""
+    picture = path.with_suffix(".png")
     if panels[0][1].dim() == 4:
-        plots.save_images(path, panels, columns)
+        plots.save_images(picture, panels, columns)
     elif panels[0][1].shape[1:] == (2,):
-        plots.save_scatter(path, panels, limit=float(max(x.abs().max() for _, x in panels)) * 1.05)
+        plots.save_scatter(picture, panels, limit=float(max(x.abs().max() for _, x in panels)) * 1.05)
+    elif (run.folder / "vocabulary.json").is_file():
+        size = max(int(x.max()) for _, x in panels) + 1
+        words = load_vocabulary(run.folder / "vocabulary.json")
+        words = (*words, *["<unused>"] * (size - len(words)))  # ids that the corpus had no word for
+        lines = [line for title, x in panels for line in (f"# {title}", *to_text(x.long(), words), "")]
+        write_atomic(path.with_suffix(".txt"), "\n".join(lines))
