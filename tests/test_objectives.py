@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ncpvae import objectives
+from ncpvae import VAE, MLPDecoder, MLPEncoder, Normal, NormalLikelihood, objectives
+from ncpvae.distributions import diagonal_normal
+from ncpvae.priors import GaussianMixture
 
 
 def test_nce_is_the_sum_of_two_cross_entropies():
@@ -36,3 +38,58 @@ def test_nce_stays_finite_at_extreme_logits():
 
 def test_accuracy_counts_both_sides():
     assert objectives.nce_accuracy(torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 3.0])).item() == 0.75
+
+
+# --- against posterior collapse -------------------------------------------------------------------------------------
+
+
+def test_linear_annealing_rises_to_one_and_stays():
+    beta = objectives.linear_annealing(10)
+    assert [beta(step) for step in (0, 5, 10, 99)] == [0.0, 0.5, 1.0, 1.0]
+    with pytest.raises(ValueError, match=r"linear_annealing: steps must be ≥ 1, got 0"):
+        objectives.linear_annealing(0)
+
+
+def test_cyclical_annealing_rises_in_the_first_part_of_each_cycle():
+    beta = objectives.cyclical_annealing(400, cycles=4, ratio=0.5)
+    assert [beta(step) for step in (0, 25, 50, 99, 100, 125, 350, 399, 400, 10_000)] == [
+        0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0,
+    ]  # fmt: skip
+    for options in ({"cycles": 0}, {"cycles": 401}, {"ratio": 0.0}, {"ratio": 1.1}):
+        with pytest.raises(ValueError, match=r"cyclical_annealing: (cycles|ratio) must be"):
+            objectives.cyclical_annealing(400, **options)
+
+
+def test_kl_per_dimension_sums_to_the_kl():
+    posterior = diagonal_normal(torch.randn(7, 3), torch.rand(7, 3) + 0.1)
+    prior = Normal(3)()
+    parts = objectives.kl_per_dimension(posterior, prior)
+    assert parts.shape == (7, 3)
+    torch.testing.assert_close(parts.sum(1), torch.distributions.kl_divergence(posterior, prior))
+    with pytest.raises(TypeError, match=r"kl_per_dimension: prior must have independent coordinates"):
+        objectives.kl_per_dimension(posterior, GaussianMixture.fit(torch.randn(50, 3), 2)())
+
+
+def test_free_bits_cost_nothing_below_the_limit():
+    mean = torch.tensor([[0.0, 2.0], [0.0, 2.0]], requires_grad=True)  # KL 0 and 2 nats
+    posterior, prior = diagonal_normal(mean, torch.ones(2, 2)), Normal(2)()
+    kl = torch.distributions.kl_divergence(posterior, prior)
+    assert objectives.FreeBits(1.5)(posterior, prior, kl).item() == pytest.approx(2.0)
+    assert objectives.FreeBits(3.0)(posterior, prior, kl).item() == pytest.approx(3.0)
+    assert objectives.FreeBits(0.5, per="dimension")(posterior, prior, kl).item() == pytest.approx(2.5)
+    (gradient,) = torch.autograd.grad(objectives.FreeBits(3.0)(posterior, prior, kl), mean)
+    assert not gradient.any()
+    for options, message in (({"nats": 0.0}, "nats must be"), ({"nats": 1.0, "per": "group"}, "per must be")):
+        with pytest.raises(ValueError, match=message):
+            objectives.FreeBits(**options)
+
+
+def test_the_loss_with_free_bits_is_flat_in_a_small_kl():
+    vae = VAE(MLPEncoder(4, [8], 2), MLPDecoder(2, [8], (4,)), NormalLikelihood(), Normal(2))
+    x = torch.randn(6, 4)
+    loss = objectives.VAELoss(vae, free_bits=objectives.FreeBits(50.0))
+    terms = loss(x, 0.5)
+    torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 0.5 * 50.0)
+    for arguments, error in (((vae, "self"), TypeError), ((vae, None, -1.0), ValueError)):
+        with pytest.raises(error, match=r"VAELoss: critic"):
+            objectives.VAELoss(*arguments)

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from toy import MEAN, STD
 
 import ncpvae
 from ncpvae import MLPClassifier, NoiseContrastivePrior, Normal, TrainingDiverged, fit_ncp, fit_vae
+from ncpvae.critics import HybridCritic, SelfCritic
 from ncpvae.distributions import diagonal_normal
+from ncpvae.train import Aggressive, adamw
 from ncpvae.train.batches import minibatches
 from ncpvae.train.engine import learning_rate_factor, train
 
@@ -285,3 +288,84 @@ def prior_of(classifier, dim=2):
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- critics and remedies against collapse ---------------------------------------------------------------------------
+
+
+def test_beta_follows_its_schedule():
+    seen = []
+
+    def beta(step):
+        seen.append(step)
+        return 0.0
+
+    x = torch.randn(64, 2)
+    result = fit_vae(
+        toy_vae(), x, validation=x, steps=6, validate_every=3, kl_weight=beta, batch_size=16, progress=False
+    )
+    assert [step for step in seen if step < 6] == list(range(6))
+    assert set(seen) == {*range(7)}  # validation asks for the last step's
+    record = result.history[-1]
+    assert record["validation_loss"] == pytest.approx(record["validation_reconstruction"])
+
+
+def test_aggressive_steps_leave_the_decoder_alone():
+    vae, x = toy_vae(), torch.randn(64, 2)
+    decoder, encoder = weights(vae.decoder), weights(vae.encoder)
+    common = {"batch_size": 16, "progress": False, "lr": 0.01, "schedule": "constant"}
+    fit_vae(vae, x, steps=3, aggressive=Aggressive(inner_steps=3, steps=100), **common)
+    assert torch.equal(weights(vae.decoder), decoder)
+    assert not torch.equal(weights(vae.encoder), encoder)
+    assert all(p.requires_grad for p in vae.parameters())
+    vae = toy_vae()
+    fit_vae(vae, x, steps=4, aggressive=Aggressive(inner_steps=3, steps=100), **common)
+    assert not torch.equal(weights(vae.decoder), decoder)
+    only = [Aggressive(2, 5).encoder_only(step) for step in range(8)]
+    assert only == [True, True, False, True, True, False, False, False]
+    with pytest.raises(ValueError, match=r"Aggressive: inner_steps must be ≥ 1, got 0"):
+        Aggressive(0, 5)
+
+
+def test_free_bits_keep_the_kl_from_falling():
+    x = torch.randn(256, 2)
+
+    def kl(free_bits):
+        vae = toy_vae()
+        vae.likelihood = ncpvae.NormalLikelihood(5.0)
+        options = {"steps": 200, "batch_size": 64, "lr": 0.01, "free_bits": free_bits, "progress": False}
+        return fit_vae(vae, x, validation=x, **options).history[-1]["validation_kl"]
+
+    assert kl(None) < 0.2
+    assert kl(ncpvae.objectives.FreeBits(1.0)) > 0.7
+
+
+@pytest.mark.parametrize("kind", ["self", "hybrid"])
+def test_a_run_with_a_critic_resumes_to_the_same_weights(kind, tmp_path):
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
+
+    def run(folder, steps, **options):
+        vae = toy_vae()
+        torch.manual_seed(1)
+        critic = SelfCritic() if kind == "self" else HybridCritic(vae, 1, hidden=8, width=4)
+        fit_vae(
+            vae, x, validation=x[:20], critic=critic, critic_weight=5.0, steps=12, validate_every=4, batch_size=16,
+            optimizer=adamw(0.01, 0.01), progress=False, folder=folder, **options,
+        )  # fmt: skip
+        return torch.cat([weights(vae), weights(critic) if kind == "hybrid" else torch.zeros(0)])
+
+    whole = run(tmp_path / "whole", 12)
+    torch.testing.assert_close(run(None, 12), whole, rtol=0, atol=0)
+    cut = tmp_path / "cut"
+    run(cut, 12)
+    for later in sorted((cut / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(later)
+    torch.testing.assert_close(run(cut, 12, resume="auto"), whole, rtol=0, atol=0)
+
+
+def test_a_critic_needs_two_examples_to_validate_on():
+    x = torch.randn(40, 2)
+    with pytest.raises(ValueError, match=r"at least 2 rows for z to be told apart, got 1"):
+        fit_vae(toy_vae(), x, validation=x[:1], critic=SelfCritic(), steps=2, batch_size=8, progress=False)
+    result = fit_vae(toy_vae(), x, validation=x[:17], critic=SelfCritic(), steps=2, batch_size=8, progress=False)
+    assert result.history[-1]["validation_critic"] <= 0  # in three parts, none of a single row

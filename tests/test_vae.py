@@ -102,3 +102,49 @@ def test_vae_takes_a_plain_distribution_as_prior():
     vae = tiny_vae()
     plain = ncpvae.VAE(vae.encoder, vae.decoder, vae.likelihood, Independent(Normal(torch.zeros(3), torch.ones(3)), 1))
     assert plain(torch.rand(2, 1, 8, 8)).prior.event_shape == (3,)
+
+
+LAYERS = ((32, 3, 1), (64, 4, 2), (128, 4, 2), (256, 3, 2), (512, 2, 1))
+
+
+@pytest.mark.parametrize("size", [(1, 28, 28), (3, 32, 20)])
+def test_stacked_convolutions_mirror_each_other(size):
+    encoder, decoder = ncpvae.StackedConvEncoder(size, LAYERS, 4), ncpvae.StackedConvDecoder(4, LAYERS, size)
+    x = torch.rand(2, *size)
+    assert decoder(encoder(x).mean).shape == x.shape
+    kernels = [m.weight.shape for m in encoder.network if isinstance(m, nn.Conv2d)]
+    assert kernels == [m.weight.shape for m in decoder if isinstance(m, nn.ConvTranspose2d)][::-1]
+    assert encoder.num_layers == 6
+
+
+def test_stacked_convolutions_that_leave_nothing_are_named():
+    with pytest.raises(ValueError, match=r"StackedConvEncoder: layers must leave something .* \(8, 2, 2\) as layer 2"):
+        ncpvae.StackedConvEncoder((1, 4, 4), ((8, 2, 2), (8, 9, 2), (8, 2, 2), (8, 2, 2)), 2)
+
+
+@pytest.mark.parametrize("scale", ["softplus", "exp", "tanh"])
+@pytest.mark.parametrize("min_kl", [0.1, 3.0, 20.0])
+def test_the_committed_rate_is_a_floor_under_the_kl(scale, min_kl):
+    encoder = ncpvae.GaussianEncoder(nn.Identity(), scale=scale, min_kl=min_kl)
+    raw = 6 * torch.randn(500, 8)
+    raw[0] = torch.tensor([0.0] * 4 + [50.0] * 4)  # means at the prior's, σ as large as it gets
+    prior = Independent(Normal(torch.zeros(4), torch.ones(4)), 1)
+    kl = kl_divergence(encoder(raw), prior)
+    assert kl.min() >= min_kl * (1 - 1e-4)
+    assert kl[0] < 1.1 * min_kl + 0.05
+    plain = ncpvae.GaussianEncoder(nn.Identity(), scale=scale)(raw)
+    narrow = plain.stddev < 1e-3
+    torch.testing.assert_close(encoder(raw).stddev[narrow], plain.stddev[narrow], rtol=0.6, atol=0)
+
+
+def test_a_floor_that_is_none_is_refused():
+    for min_kl in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"min_kl must be finite and ≥ 0"):
+            ncpvae.GaussianEncoder(nn.Identity(), min_kl=min_kl)
+
+
+def test_under_autocast_densities_keep_their_precision():
+    vae = tiny_vae()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vae(torch.rand(5, 1, 8, 8).round())
+    assert out.posterior.mean.dtype == out.z.dtype == out.likelihood.mean.dtype == torch.float32
