@@ -1,5 +1,6 @@
 """Runs with critics from training to the comparison, and the recipes of the critics' experiments."""
 
+import json
 import statistics
 from dataclasses import replace
 
@@ -44,6 +45,18 @@ def test_runs_that_differ_by_the_seed_are_one_row_with_mean_and_deviation(toys):
     assert rows["critic.kind none"].split()[2] == "3"  # runs
     assert "mean (standard deviation) over runs that differ by the seed alone" in text
     assert "144.09 (12.59)" in text and "MI within minibatches" in text  # what was published, and how
+
+
+def test_the_record_holds_every_run_with_settings_and_protocols(toys, tmp_path):
+    comparison.compare([run.folder for run in toys], tmp_path / "figures.json")
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert [(m["label"], [r["seed"] for r in m["runs"]]) for m in found["models"]] == [
+        ("critic.kind none", [0, 1, 2]),
+        ("critic.kind neural", [0, 1, 2]),
+    ]
+    first = found["models"][0]["runs"][0]
+    assert first["settings"]["critic"]["kind"] == "none" and first["stage_one"]["seconds"] > 0
+    assert all({"name", "base", "protocol"} <= figure.keys() for figure in first["figures"])
 
 
 def test_single_runs_keep_their_names_and_errors(toys):

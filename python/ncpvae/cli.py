@@ -192,17 +192,18 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
         _say(str(draw(opened(run, device, data_dir), rows, steps)))
 
-    def compare(runs: Positional[tuple[Path, ...]]) -> None:
+    def compare(runs: Positional[tuple[Path, ...]], output: Path | None = None) -> None:
         """Tables of the figures of several evaluated runs; those that differ by the seed alone count as one model.
 
         Args:
             runs: their folders
+            output: JSON file for all figures, with protocols and settings
         """
         from .runs.comparison import compare as table
 
         if not runs:
             raise ValueError("compare: name the folders of runs that have been evaluated")
-        _say(table(list(runs)))
+        _say(table(list(runs), output))
 
     def report(run: Positional[Path], device: str = "auto", data_dir: str | None = None) -> None:
         """Write RUN/report.html: curves, samples, reconstructions, latents, figures, all on one page.

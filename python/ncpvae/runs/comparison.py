@@ -1,13 +1,14 @@
 """`ncpvae compare`: the figures of several runs side by side, those that differ by the seed alone as mean (std)."""
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..report import Metric
 from ..report.content import flatten
 from .evaluation import AU, CAP, KL, MARGINAL_KL, MI, NLL, cautions, cell, read_figures, table
-from .folder import Run, as_json, open_run
+from .folder import Run, as_json, open_run, write_json
 
 #: columns of the short table: title → names of a figure, the first that a run has being taken
 COLUMNS = {
@@ -32,9 +33,16 @@ class Group:
     figures: list[dict[str, Metric]]  # of each run, by name and unit
 
 
-def compare(folders: list[Path]) -> str:
-    """Tables of the figures of evaluated runs: a short one with a row for each model, then all figures."""
+def compare(folders: list[Path], output: Path | None = None) -> str:
+    """Tables of the figures of evaluated runs: a short one with a row for each model, then all figures.
+
+    Args:
+        folders: of the runs.
+        output: a JSON file for the figures of every run, with protocols, settings and environments.
+    """
     groups = grouped([open_run(folder) for folder in folders])
+    if output is not None:
+        write_json(output, record(groups))
     names = list(dict.fromkeys(name for group in groups for figures in group.figures for name in figures))
     lines = [["", *(f"{group.label}: {prior}" for group in groups for prior in ("base", "NCP"))]]
     for name in names:
@@ -44,6 +52,26 @@ def compare(folders: list[Path]) -> str:
     notes = ["mean (standard deviation) over runs that differ by the seed alone"] if several else []
     notes += remarks(groups, names)
     return "\n".join([table(short(groups)), "", table(lines), *([""] if notes else []), *notes])
+
+
+def record(groups: list[Group]) -> dict[str, Any]:
+    """All that was measured, model by model and run by run."""
+    return {
+        "table": short(groups),
+        "remarks": remarks(groups, []),
+        "models": [
+            {
+                "label": group.label,
+                "recipe": group.runs[0].name,
+                "runs": [
+                    {"seed": run.recipe.seed, "settings": as_json(run.recipe), "environment": run.config["environment"],
+                     "stage_one": run.config.get("stage_one"), "figures": [asdict(f) for f in figures.values()]}
+                    for run, figures in zip(group.runs, group.figures, strict=True)
+                ],
+            }
+            for group in groups
+        ],
+    }  # fmt: skip
 
 
 def grouped(runs: list[Run]) -> list[Group]:
@@ -125,14 +153,10 @@ def remarks(groups: list[Group], names: list[str]) -> list[str]:
     notes = [f"{label}: {note}" for label, run in {label: run for label, run in runs}.items() for note in cautions(run)]
     for name in names:
         found = {g.label: g.figures[0][name] for g in groups if name in g.figures[0]}
-        ways = {label: _protocol(f) for label, f in found.items() if f.lower_is_better is not None}
+        ways = {label: f.protocol for label, f in found.items() if f.lower_is_better is not None}
         if len(set(ways.values())) > 1:
             notes += [f"not measured alike, {name}: " + "; ".join(f"{label}: {way}" for label, way in ways.items())]
     if len({run.recipe.data for _, run in runs}) > 1:
         notes.append("the runs are of different data: " + ", ".join(dict.fromkeys(run.recipe.data for _, run in runs)))
     published = [run.recipe.published().get("note", "") for _, run in runs]
     return [*notes, *(f"published: {note}" for note in dict.fromkeys(published) if note)]
-
-
-def _protocol(figure: Metric) -> str:
-    return figure.protocol
