@@ -162,6 +162,28 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         _say(table_of(measure(measured, evaluation, features, seed, command)))
         _page(measured, page)
 
+    def diagnose(
+        run: Positional[Path],
+        examples: int | None = None,
+        seed: int | None = None,
+        device: str = "auto",
+        data_dir: str | None = None,
+    ) -> None:
+        """Whether the code has collapsed: a verdict, the figures behind it, and a page, RUN/diagnosis.html.
+
+        Args:
+            run: folder of the run
+            examples: test examples (default: all); more raise the cap of the mutual information
+            seed: governs all draws (default: the recipe's)
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds data sets
+        """
+        from .runs import diagnosis
+
+        examined = opened(run, device, data_dir)
+        _say(diagnosis.text_of(diagnosis.diagnose(examined, examples, seed, command)))
+        _say(f"page: {run / diagnosis.PAGE}")
+
     def reconstruct(run: Positional[Path], count: int = 32, device: str = "auto", data_dir: str | None = None) -> None:
         """Test examples and what the VAE makes of them, as a picture in RUN/samples.
 
@@ -310,8 +332,8 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
         _say(text())
 
-    functions = (train, fit_prior, sample, evaluate, reconstruct, interpolate, compare, report, train_features)
-    return {f.__name__.replace("_", "-"): f for f in (*functions, demo, bench, info)}
+    stages = (train, fit_prior, sample, evaluate, diagnose, reconstruct, interpolate, compare, report)
+    return {f.__name__.replace("_", "-"): f for f in (*stages, train_features, demo, bench, info)}
 
 
 def _page(run: Any, wanted: bool) -> None:
