@@ -1,6 +1,8 @@
 """The page of `ncpvae diagnose`: a verdict, the figures behind it, and what each dimension of the code does."""
 
+import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,11 +152,17 @@ def render(data: DiagnosisData) -> str:
     return filled(
         "diagnosis.html",
         data=data,
+        advice=[_with_flags(sentence) for sentence in data.advice],
         protocols=list(dict.fromkeys(figure.protocol for figure in data.figures if figure.protocol)),
         panels=_panels(data.bars),
         left_out=shown if isinstance(shown, str) else None,
         traversals=None if isinstance(shown, str) else _traversals(shown, data.bars),
     )
+
+
+def _with_flags(sentence: str) -> str:
+    """The sentence as HTML, with what is to be typed set as such, so that no line breaks within a flag."""
+    return re.sub(r"(--[a-z][a-z.-]*[a-z]|ncpvae [a-z-]+ RUN)", r"<code>\1</code>", html.escape(sentence))
 
 
 def _panels(bars: Bars) -> list[tuple[str, str]]:

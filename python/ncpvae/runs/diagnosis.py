@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..train.execution import processes
 from ..vae import VAE
 from .evaluation import cautions, table, weights_digest
 from .folder import Run, environment, write_json
-from .verdict import ACTIVE, RULES, Diagnosis, Estimate, Verdict, judge, nats
+from .verdict import ACTIVE, RULES, Diagnosis, Estimate, judge, nats
 
 FILE, PAGE = "diagnosis.json", "diagnosis.html"
 ROWS_AT_ONCE = 256  # examples encoded, decoded and shown to the critic at once
@@ -31,7 +32,7 @@ REACH = 3.0  # standard deviations of q(z) to either side
 def diagnose(
     run: Run, examples: int | None = None, seed: int | None = None, command: str = "", decoded: int = DECODED
 ) -> Diagnosis:
-    """Measure what the code of a run's VAE holds; write `diagnosis.json` and the page `diagnosis.html`.
+    """Measure what the code of a run's VAE holds, and write figures and verdict to `diagnosis.json`.
 
     The work is shared out over the processes there are.
 
@@ -46,31 +47,26 @@ def diagnose(
         OSError: where the run has no VAE yet.
         ValueError: for a number of examples that the test set does not have.
         TypeError: where posterior or prior are no Normals with independent coordinates.
-        ImportError: without what a page needs; `diagnosis.json` is there all the same.
     """
     started, seed = time.perf_counter(), run.recipe.seed if seed is None else seed
     check_seed("diagnose", seed)
     vae, data = run.vae(), chosen_examples(run, examples, decoded, seed)
     diagnosis = measure(run, vae, data, decoded, seed)
-    traversed = traversals(run, vae, data, diagnosis, seed)
-    verdict = judge(diagnosis)
-    record = {
-        "diagnosis": dataclasses.asdict(diagnosis),
-        "verdict": dataclasses.asdict(verdict),
-        "rules": RULES,
-        "seed": seed,
-        "command": command,
-        "of": weights_digest(run),
-        "recipe": run.name,
-        "environment": environment(run.device),
-        "seconds": round(time.perf_counter() - started, 1),
-        "caution": run.config.get("data", {}).get("caution", ""),
-    }
     if processes().is_main_process:
+        record = {
+            "diagnosis": dataclasses.asdict(diagnosis),
+            "verdict": dataclasses.asdict(judge(diagnosis)),
+            "rules": RULES,
+            "seed": seed,
+            "command": command,
+            "of": weights_digest(run),
+            "recipe": run.name,
+            "environment": environment(run.device),
+            "seconds": round(time.perf_counter() - started, 1),
+            "caution": run.config.get("data", {}).get("caution", ""),
+        }
         write_json(run.folder / FILE, record)
-    with ranks().failing_together("diagnose"):
-        if rank() == 0:
-            write_diagnosis(page(run, diagnosis, verdict, traversed, record), run.folder / PAGE)
+    processes().wait_for_everyone()
     return diagnosis
 
 
@@ -81,14 +77,36 @@ def read_diagnosis(run: Run) -> Diagnosis:
         OSError: where the run's present VAE and prior have not been diagnosed.
         ValueError: for a damaged file.
     """
+    return _read(run)[0]
+
+
+def _read(run: Run) -> tuple[Diagnosis, dict[str, Any]]:
+    """The figures, and all that is written beside them."""
     path = run.folder / FILE
     record = read_json(path, "diagnosis") if path.is_file() else {}
     if record.get("of") != weights_digest(run):
         raise OSError(f"the VAE and prior of {run.folder} have not been diagnosed: ncpvae diagnose {run.folder}")
     try:
-        return Diagnosis.from_dict(record["diagnosis"])
+        return Diagnosis.from_dict(record["diagnosis"]), record
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not hold a diagnosis: {error}") from error
+
+
+def write_page(run: Run) -> Path:
+    """Write `diagnosis.html` from what `diagnose` left, with traversals decoded afresh.
+
+    Raises:
+        OSError: where the run's present VAE and prior have not been diagnosed.
+        ImportError: without matplotlib, Pillow or Jinja2.
+    """
+    diagnosis, record = _read(run)
+    data = chosen_examples(run, diagnosis.num_examples, diagnosis.num_decoded, diagnosis.seed)
+    shown = page(run, diagnosis, traversals(run, run.vae(), data, diagnosis, diagnosis.seed), record)
+    path = run.folder / PAGE
+    with ranks().failing_together("diagnose"):
+        if rank() == 0:
+            write_diagnosis(shown, path)
+    return path
 
 
 def chosen_examples(run: Run, examples: int | None, decoded: int, seed: int) -> Tensor:
@@ -216,7 +234,7 @@ def figures_of(d: Diagnosis) -> list[Figure]:
 
     capped = f"at most log N = {nats(d.log_n)}" + (": at its cap" if d.capped else "")
     found = [
-        figure("KL(q(z|x) ‖ p(z))", d.kl, "the KL term of the ELBO, the sum of the next two"),
+        figure("KL(q(z|x) ‖ p(z))", d.kl, "the KL term of the ELBO, on average the sum of the next two"),
         figure("mutual information I(x; z)", d.mutual_information, capped),
         figure("KL(q(z) ‖ p(z))", d.marginal_kl, "an upper bound here" if d.capped else "0 where p(z) fits the codes"),
     ]
@@ -240,11 +258,10 @@ def text_of(d: Diagnosis) -> str:
     return "\n".join([verdict.headline, *verdict.findings, *verdict.advice, "", table(lines)])
 
 
-def page(
-    run: Run, d: Diagnosis, verdict: Verdict, traversed: Traversals | str, record: dict[str, Any]
-) -> DiagnosisData:
+def page(run: Run, d: Diagnosis, traversed: Traversals | str, record: dict[str, Any]) -> DiagnosisData:
     """What `diagnosis.html` shows."""
-    surroundings = record["environment"] | {"seed": str(d.seed), "seconds": f"{record['seconds']:g}"}
+    verdict, command = judge(d), record.get("command")
+    surroundings = record.get("environment", {}) | {"seed": str(d.seed), "seconds": str(record.get("seconds", ""))}
     return DiagnosisData(
         title=f"Diagnosis of {run.name}: {run.folder.resolve().name}",
         kind=verdict.kind,
@@ -259,7 +276,7 @@ def page(
         traversals=traversed,
         notes=[f"Data: {run.config.get('data', {}).get('source', run.recipe.data)}.", *cautions(run)],
         environment=surroundings,
-        commands=[*run.config["commands"], *([record["command"]] if record["command"] else [])],
+        commands=[*run.config["commands"], *([command] if command else [])],
     )
 
 

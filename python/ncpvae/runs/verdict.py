@@ -232,7 +232,7 @@ def _prior(d: Diagnosis) -> tuple[tuple[str, ...], list[str]]:
         found.append("The prior misses the codes, so samples from it will suffer.")
         return ("Fit a noise contrastive prior: ncpvae fit-prior RUN.",), found
     if d.capped:
-        return ("How far the prior misses the codes, ncpvae fit-prior RUN measures, and mends it.",), found
+        return ("ncpvae fit-prior RUN measures how far the prior misses the codes, and mends it.",), found
     return (), found
 
 
