@@ -245,7 +245,7 @@ def figures_of(d: Diagnosis) -> list[Figure]:
     return [
         *found,
         figure("reconstruction −log p(x|z)", d.reconstruction, "with the example's own code"),
-        figure("its rise with another's code", d.rise, "0 where the decoder ignores z"),
+        figure("its rise with another's code", d.rise, "0 where the decoder ignores z, or z says nothing of x"),
         count("active units", d.active, f"variance of the posterior mean > {ACTIVE:g}"),
         count("dimensions that the decoder uses", d.used, "exchanged one at a time"),
     ]
