@@ -163,6 +163,30 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         _say(table_of(measure(measured, evaluation, features, seed, command)))
         _page(measured, page)
 
+    def diagnose(
+        run: Positional[Path],
+        examples: int | None = None,
+        seed: int | None = None,
+        device: str = "auto",
+        data_dir: str | None = None,
+        page: bool = True,
+    ) -> None:
+        """Whether the code has collapsed: a verdict and the figures behind it; writes RUN/diagnosis.json.
+
+        Args:
+            run: folder of the run
+            examples: test examples (default: all); more raise the cap of the mutual information
+            seed: governs all draws (default: the recipe's)
+            device: auto, cpu, cuda, …
+            data_dir: folder that holds data sets
+            page: write RUN/diagnosis.html
+        """
+        from .runs import diagnosis
+
+        examined = opened(run, device, data_dir)
+        _say(diagnosis.text_of(diagnosis.diagnose(examined, examples, seed, command)))
+        _page(examined, page, diagnosis.write_page)
+
     def reconstruct(run: Positional[Path], count: int = 32, device: str = "auto", data_dir: str | None = None) -> None:
         """Test examples and what the VAE makes of them, as a picture in RUN/samples.
 
@@ -312,24 +336,24 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
         _say(text())
 
-    functions = (train, fit_prior, sample, evaluate, reconstruct, interpolate, compare, report, train_features)
-    return {f.__name__.replace("_", "-"): f for f in (*functions, demo, bench, info)}
+    stages = (train, fit_prior, sample, evaluate, diagnose, reconstruct, interpolate, compare, report)
+    return {f.__name__.replace("_", "-"): f for f in (*stages, train_features, demo, bench, info)}
 
 
-def _page(run: Any, wanted: bool) -> None:
-    """The run's page at the end of a command; what it needs may be missing, and the training is done all the same."""
+def _page(run: Any, wanted: bool, write: Callable[[Any], Path] | None = None) -> None:
+    """A page at the end of a command, the run's by default; what it needs may be missing, and the work is done."""
     from .runs.reporting import report
 
     if not wanted:
         return
     try:
-        report(run)
+        path = (write or report)(run)
     except (ImportError, RuntimeError) as error:  # on other processes than the first an ImportError is told of so
         if isinstance(error, RuntimeError) and "ImportError" not in str(error):
             raise
         _say(f"no page: {error}")
     else:
-        _say(f"page: {run.folder / 'report.html'}")
+        _say(f"page: {path}")
 
 
 def _settings_of(argv: Sequence[str]) -> Any:

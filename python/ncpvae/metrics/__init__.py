@@ -2,6 +2,7 @@
 
 from ..objectives import jensen_shannon_divergence
 from .active_units import ActiveUnits, active_units, active_units_by_sampled_std
+from .decoder_use import DecoderUse, decoder_use
 from .density_coverage import DensityCoverage, density_coverage
 from .distances import Distance, frechet_distance, kernel_distance
 from .features import FeatureClassifier, Features, InceptionFeatures, classification_accuracy, extract_features
@@ -17,6 +18,7 @@ from .weights import effective_sample_size
 
 __all__ = [
     "ActiveUnits",
+    "DecoderUse",
     "DensityCoverage",
     "Distance",
     "FeatureClassifier",
@@ -34,6 +36,7 @@ __all__ = [
     "active_units_by_sampled_std",
     "classification_accuracy",
     "collect_posteriors",
+    "decoder_use",
     "density_coverage",
     "effective_sample_size",
     "extract_features",

@@ -307,6 +307,66 @@ def latents(codes: Tensor, reference: Tensor | None, frame: tuple[float, float, 
         return _svg(figure, f"Draws of {name} along the first two principal components of q(z)")
 
 
+def bars(
+    values: Sequence[float],
+    names: Sequence[str],
+    marked: Sequence[bool],
+    label: str,
+    unit: str,
+    errors: Sequence[float] | None = None,
+    threshold: float | None = None,
+    log: bool = False,
+) -> str:
+    """A bar across the page for each of the finite values, blue where marked and grey elsewhere, from left to right.
+
+    On a logarithmic axis what is 0 or below has no bar.
+    """
+    places, heights = range(len(values)), list(values)
+    with _figure(9.4, 2.15) as figure:
+        axes = figure.add_subplot()
+        if log:
+            positive = [value for value in [*values, threshold] if value is not None and value > 0]
+            low, high = min(positive, default=1.0) / 3, max(positive, default=1.0) * 3
+            axes.set_yscale("log")
+            axes.set_ylim(low, high)
+            axes.yaxis.set_minor_formatter("")
+            axes.yaxis.set_major_formatter(_general)
+            heights = [max(value, low) for value in values]
+        colours = [BLUE if mark else FAINT for mark in marked]
+        axes.bar(places, heights, width=0.72, color=colours, linewidth=0)
+        if errors is not None:
+            axes.errorbar(places, heights, yerr=list(errors), fmt="none", ecolor=INK, elinewidth=0.8)
+        if not log:
+            axes.axhline(0, color=FAINT, linewidth=0.6)
+            axes.margins(y=0.08)
+        if threshold is not None:
+            axes.axhline(threshold, color=ORANGE, linewidth=1.0, linestyle=(0, (4, 2)))
+        step = -(-len(values) // 40)  # names need room
+        axes.set_xticks(places[::step], list(names)[::step])
+        axes.set_xlim(-0.7, len(values) - 0.3)
+        axes.set(xlabel="dimension", ylabel=unit)
+        axes.grid(axis="y", color=FAINT, linewidth=0.4, alpha=0.35)
+        axes.set_axisbelow(True)
+        return _svg(figure, label)
+
+
+def paths(
+    lines: Mapping[str, Tensor], around: Tensor, start: Tensor, frame: tuple[float, float, float, float], label: str
+) -> str:
+    """A line through points [T, 2] for each name, over dots `around` [N, 2], with a ring at `start` [2]."""
+    with _figure(6.4, 4.9) as figure:
+        axes = figure.add_subplot()
+        _dots(axes, around, frame, FAINT, alpha=0.5)
+        for i, (name, points) in enumerate(lines.items()):
+            colour, dashes = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
+            axes.plot(*points.double().T.tolist(), color=colour, linestyle=dashes, label=name)
+        x, y = start.tolist()
+        axes.plot([x], [y], "o", markersize=7, markerfacecolor="none", markeredgecolor=INK)
+        axes.set_aspect("equal")
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=2.2)
+        return _svg(figure, label)
+
+
 def _dots(axes, points: Tensor, frame: Sequence[float], colour: str, size: float | None = None, alpha=None) -> None:
     """Dots, as pixels inside the vector chart, since each would be an element of its own there."""
     count = len(points)

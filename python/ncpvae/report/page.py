@@ -33,17 +33,6 @@ def write_report(data: ReportData, path: Path) -> Path:
 
 def render(data: ReportData) -> str:
     """The page's HTML."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError("a report needs Jinja2: pip install 'ncpvae[plot]'") from error
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["thousands"] = lambda value: f"{value:,}"
     sections = {
         "metrics": _metrics(data.metrics),
         "samples": _samples(data),
@@ -57,15 +46,34 @@ def render(data: ReportData) -> str:
         "environment": dict(data.environment) or None,
         "commands": data.commands or None,
     }
-    return environment.get_template("page.html").render(
+    return filled(
+        "page.html",
         title=data.title,
         summary=data.summary,
         notes=data.notes,
         headline=[_row(m) for m in data.metrics if m.comparable and m.lower_is_better is not None][:3],
+        **sections,
+    )
+
+
+def filled(template: str, **content: Any) -> str:
+    """A template of this folder with its content, the style sheet and counters of figures and tables."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("a report needs Jinja2: pip install 'ncpvae[plot]'") from error
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["thousands"] = lambda value: f"{value:,}"
+    return environment.get_template(template).render(
         style=(folder / "page.css").read_text(encoding="utf-8"),
         next_figure=count(1).__next__,
         next_table=count(1).__next__,
-        **sections,
+        **content,
     )
 
 

@@ -60,6 +60,12 @@ def grid(images: Tensor, room: int, limit: int, square: bool = True) -> Picture:
     return _picture(image_grid(opaque, columns, background=0.0)[:, 1:-1, 1:-1], room, shown)
 
 
+def strip(images: Tensor, room: int) -> Picture:
+    """All of prepared images [N, C, H, W] in one row."""
+    opaque = torch.cat([images, torch.ones_like(images[:, :1])], 1)
+    return _picture(image_grid(opaque, len(images), background=0.0)[:, 1:-1, 1:-1], room, len(images))
+
+
 def pair(above: Tensor, below: Tensor, room: int) -> Picture:
     """One prepared image [C, H, W] over another."""
     return _picture(_stack(above[None], below[None], 2)[0], room, 1)

@@ -10,6 +10,8 @@ RUN/prior/               stage two: metrics.jsonl, checkpoints/, model/ (`NoiseC
 RUN/samples/             pictures, and the tensors they show
 RUN/evaluation.json      figures, each with its protocol
 RUN/report.html          all of it on one page
+RUN/diagnosis.json       whether the code has collapsed: figures and verdict
+RUN/diagnosis.html       the same as a page
 """
 
 import dataclasses
