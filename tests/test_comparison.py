@@ -71,6 +71,16 @@ def test_equal_seeds_are_not_averaged(toys):
     assert sorted(len(group.runs) for group in groups) == [1, 2]
 
 
+def test_a_neural_critic_of_a_run_starts_with_weights_of_its_own(tmp_path):
+    recipe = replace(RECIPES["digits"], critic=CriticSettings("neural"), steps=1, batch_size=8)
+    run, _ = training.train(tmp_path / "run", "digits", recipe, "ncpvae train digits", progress=False)
+    vae = run.vae()
+    heads = dict(run.critic(vae).heads.x_head[0].named_parameters())
+    for name, weight in vae.encoder.network.named_parameters():
+        if weight.dim() > 1:  # biases of norms begin at 0 in both
+            assert (heads[name] - weight).abs().mean() > 0.01  # a step of Adam moves a weight by 0.001
+
+
 def test_every_evaluation_tells_what_the_codes_hold(toys):
     figures = {f.name: f for f in evaluation.read_figures(toys[0])}
     assert figures[evaluation.CAP].base == pytest.approx(9.903, abs=1e-3)  # log 20,000

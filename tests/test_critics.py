@@ -120,10 +120,38 @@ def test_the_scale_stops_at_its_limit_and_comes_back():
     critic = NeuralCritic(nn.Linear(2, 2), nn.Linear(2, 2), max_scale=20.0)
     with torch.no_grad():
         critic.scale_parameter.fill_(10.0)
-    critic(torch.randn(4, 2), diagonal_normal(torch.zeros(4, 2), torch.ones(4, 2)), torch.randn(4, 2))
     assert critic.scale().item() == pytest.approx(20.0)
-    critic.scale().backward()
-    assert critic.scale_parameter.grad > 0
+    assert torch.autograd.grad(-critic.scale(), critic.scale_parameter)[0] == 0  # to make it larger still
+    assert torch.autograd.grad(critic.scale(), critic.scale_parameter)[0] > 0
+    linear = NeuralCritic(nn.Linear(2, 2), nn.Linear(2, 2), scale="linear")
+    with torch.no_grad():
+        linear.scale_parameter.fill_(-1.0)
+    assert linear.scale() == 0
+    assert torch.autograd.grad(-linear.scale(), linear.scale_parameter)[0] < 0
+
+
+def test_one_critic_scores_two_draws_of_a_batch():
+    critic, q = NeuralCritic(nn.Linear(4, 5), nn.Linear(3, 5)), posterior_of(6, 3, dtype=torch.float32)
+    x = torch.randn(6, 4)
+    (info_nce(*critic(x, q, q.rsample())) + info_nce(*critic(x, q, q.rsample()))).backward()
+    assert critic.scale_parameter.grad is not None
+
+
+def test_a_sigma_of_zero_has_finite_gradients():
+    mean, std = torch.randn(6, 3, requires_grad=True), torch.zeros(6, 3, requires_grad=True)
+    c = info_nce(*SelfCritic()(None, diagonal_normal(mean, std), mean.detach()))
+    for gradient in torch.autograd.grad(c, (mean, std)):
+        assert torch.isfinite(gradient).all()
+
+
+def test_under_autocast_the_bound_still_holds():
+    """Cosines of 1 at a scale of 100: rounded to 16 bits, the sum over all would fall below its own part."""
+    x = torch.randn(64, 8)
+    critic = NeuralCritic(nn.Identity(), nn.Identity(), initial_scale=100.0)
+    q = diagonal_normal(x, torch.ones_like(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = critic(x, q, x)
+    assert (found.positive <= found.log_sum_x + 1e-4).all()
 
 
 @pytest.mark.parametrize("share", range(4))

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ncpvae import VAE, MLPDecoder, MLPEncoder, Normal, NormalLikelihood, objectives
@@ -44,20 +45,21 @@ def test_accuracy_counts_both_sides():
 
 
 def test_linear_annealing_rises_to_one_and_stays():
-    beta = objectives.linear_annealing(10)
+    beta = objectives.LinearAnnealing(10)
     assert [beta(step) for step in (0, 5, 10, 99)] == [0.0, 0.5, 1.0, 1.0]
-    with pytest.raises(ValueError, match=r"linear_annealing: steps must be ≥ 1, got 0"):
-        objectives.linear_annealing(0)
+    assert objectives.LinearAnnealing(10, final=0.4)(99) == objectives.CyclicalAnnealing(10, final=0.4)(99) == 0.4
+    with pytest.raises(ValueError, match=r"LinearAnnealing: steps must be ≥ 1, got 0"):
+        objectives.LinearAnnealing(0)
 
 
 def test_cyclical_annealing_rises_in_the_first_part_of_each_cycle():
-    beta = objectives.cyclical_annealing(400, cycles=4, ratio=0.5)
+    beta = objectives.CyclicalAnnealing(400, cycles=4, ratio=0.5)
     assert [beta(step) for step in (0, 25, 50, 99, 100, 125, 350, 399, 400, 10_000)] == [
         0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0,
     ]  # fmt: skip
     for options in ({"cycles": 0}, {"cycles": 401}, {"ratio": 0.0}, {"ratio": 1.1}):
-        with pytest.raises(ValueError, match=r"cyclical_annealing: (cycles|ratio) must be"):
-            objectives.cyclical_annealing(400, **options)
+        with pytest.raises(ValueError, match=r"CyclicalAnnealing: (cycles|ratio) must be"):
+            objectives.CyclicalAnnealing(400, **options)
 
 
 def test_kl_per_dimension_sums_to_the_kl():
@@ -90,6 +92,10 @@ def test_the_loss_with_free_bits_is_flat_in_a_small_kl():
     loss = objectives.VAELoss(vae, free_bits=objectives.FreeBits(50.0))
     terms = loss(x, 0.5)
     torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 0.5 * 50.0)
-    for arguments, error in (((vae, "self"), TypeError), ((vae, None, -1.0), ValueError)):
-        with pytest.raises(error, match=r"VAELoss: critic"):
+    for arguments, error in (
+        ((vae, "self"), TypeError),
+        ((vae, None, -1.0), ValueError),
+        ((nn.Linear(2, 2),), TypeError),
+    ):
+        with pytest.raises(error, match=r"VAELoss: (critic|critic_weight|vae) must be"):
             objectives.VAELoss(*arguments)

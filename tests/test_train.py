@@ -8,9 +8,10 @@ from toy import MEAN, STD
 
 import ncpvae
 from ncpvae import MLPClassifier, NoiseContrastivePrior, Normal, TrainingDiverged, fit_ncp, fit_vae
-from ncpvae.critics import HybridCritic, SelfCritic
+from ncpvae.critics import HybridCritic, NeuralCritic, SelfCritic
 from ncpvae.distributions import diagonal_normal
-from ncpvae.train import Aggressive, adamw
+from ncpvae.objectives import CyclicalAnnealing, FreeBits, LinearAnnealing
+from ncpvae.train import Aggressive, CheckpointError, adamw
 from ncpvae.train.batches import minibatches
 from ncpvae.train.engine import learning_rate_factor, train
 
@@ -304,8 +305,8 @@ def test_beta_follows_its_schedule():
     result = fit_vae(
         toy_vae(), x, validation=x, steps=6, validate_every=3, kl_weight=beta, batch_size=16, progress=False
     )
-    assert [step for step in seen if step < 6] == list(range(6))
-    assert set(seen) == {*range(7)}  # validation asks for the last step's
+    assert list(dict.fromkeys(seen)) == [0, 1, 2, 5, 3, 4]  # validation, after three steps, asks for the last one's
+    assert set(seen) == {*range(6)}
     record = result.history[-1]
     assert record["validation_loss"] == pytest.approx(record["validation_reconstruction"])
 
@@ -361,6 +362,33 @@ def test_a_run_with_a_critic_resumes_to_the_same_weights(kind, tmp_path):
     for later in sorted((cut / "checkpoints").iterdir())[1:]:
         shutil.rmtree(later)
     torch.testing.assert_close(run(cut, 12, resume="auto"), whole, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
+    """Whatever changes the objective is compared, what is off included."""
+    x = torch.randn(64, 2)
+
+    def run(folder, resume="never", **options):
+        torch.manual_seed(1)
+        common = {"steps": 4, "validate_every": 2, "batch_size": 16, "progress": False, "resume": resume}
+        fit_vae(toy_vae(), x, validation=x[:20], folder=folder, **common, **options)
+
+    def neural(**options):
+        return NeuralCritic(torch.nn.Linear(2, 4), torch.nn.Linear(2, 4), **options)
+
+    first = {"free_bits": FreeBits(1.0), "aggressive": Aggressive(1, 2), "kl_weight": LinearAnnealing(4)}
+    cases = [({name: value}, {}) for name, value in first.items()]
+    cases += [
+        ({"kl_weight": LinearAnnealing(4)}, {"kl_weight": CyclicalAnnealing(4)}),
+        ({"kl_weight": 0.1}, {"kl_weight": LinearAnnealing(4)}),
+        ({"critic": SelfCritic()}, {"critic": SelfCritic(symmetric=True)}),
+        ({"critic": SelfCritic()}, {"critic": SelfCritic(min_log_std=-3.0)}),
+        ({"critic": neural()}, {"critic": neural(scale="linear")}),
+    ]
+    for number, (before, after) in enumerate(cases):
+        run(tmp_path / str(number), **before)
+        with pytest.raises(CheckpointError, match=r"is of a run with (free_bits|aggressive|kl_weight|critic) = "):
+            run(tmp_path / str(number), resume="auto", **after)
 
 
 def test_a_critic_needs_two_examples_to_validate_on():

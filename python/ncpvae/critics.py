@@ -40,13 +40,28 @@ class Scores(NamedTuple):
 class Layered(Protocol):
     """An encoder whose first layers can be shared, as `GaussianEncoder`."""
 
-    num_layers: int
-
     def begin(self, x: Tensor, share: int) -> Any: ...
 
     def finish(self, h: Any, share: int) -> Distribution: ...
 
     def remainder(self, share: int) -> nn.Module: ...
+
+
+class _Held(torch.autograd.Function):
+    """x held within limits; at a limit the gradient that leads back inside passes, and none that leads out."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limits = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        low, high = ctx.limits
+        leads_out = ((x >= high) & (gradient < 0)) | ((x <= low) & (gradient > 0))  # a descent goes against it
+        return gradient.masked_fill(leads_out, 0.0), None, None
 
 
 class Critic(nn.Module, ABC):
@@ -67,6 +82,11 @@ class Critic(nn.Module, ABC):
     def encode(self, vae: VAE, x: Tensor) -> tuple[Distribution, Any]:
         """q(z|x), and what the critic looks at in place of x."""
         return vae.encode(x), x
+
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, for checkpoints to be compared by."""
+        known = {name: value for name, value in vars(self).items() if isinstance(value, (bool, int, float, str))}
+        return {"kind": type(self).__name__} | {name: v for name, v in known.items() if name != "training"}
 
     @abstractmethod
     def forward(self, seen: Any, posterior: Distribution, z: Tensor) -> Scores:
@@ -102,12 +122,12 @@ class SelfCritic(Critic):
     takes that value for log σ and rewards it no longer; it remains a score like any other, with its bound on I(x; z).
 
     For diagonal Gaussians the N × N densities are never held (`ops.gaussian_logsumexp`). Any other posterior that
-    broadcasts is evaluated at all pairs, in O(N²·D) memory.
+    broadcasts is evaluated at all pairs, in O(N²·D) memory, without the floor.
 
     Args:
         min_log_std: floor of log σ in the score.
         symmetric: see `Critic`. The sum over codes is taken as a product of features of z and of x in float64, since
-            its terms cancel where σ is small.
+            its terms cancel where σ is small; MPS has no float64.
     """
 
     def __init__(self, min_log_std: float = -5.0, symmetric: bool = False):
@@ -121,13 +141,13 @@ class SelfCritic(Critic):
         found = normal_parameters(posterior)
         if found is None:
             return self._dense(posterior, z)
-        mean, log_std = found[0], found[1].log().clamp(min=self.min_log_std)
+        mean, log_std = found[0], found[1].clamp(min=math.exp(self.min_log_std)).log()  # σ may have become 0
         standard = (z - mean) * torch.exp(-log_std)
         positive = -(0.5 * standard.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(1)
-        every_z, every_mean, every_log_std = self._gathered(z, mean, log_std)
-        log_sum_x = ops.gaussian_logsumexp(z, every_mean, every_log_std)
+        log_sum_x = ops.gaussian_logsumexp(z, *self._gathered(mean, log_std))
         if not self.symmetric:
             return Scores(positive, log_sum_x, None)
+        (every_z,) = self._gathered(z)
         return Scores(positive, log_sum_x, _log_sum_over_codes(every_z, mean, log_std).to(z.dtype))
 
     def _dense(self, posterior: Distribution, z: Tensor) -> Scores:
@@ -159,8 +179,8 @@ class NeuralCritic(Critic):
     Args:
         x_head: x [N, …] → [N, E].
         z_head: z [N, D] → [N, E].
-        scale: "exp": s is the exponential of the parameter, kept at `max_scale` or below, as in CLIP. "linear": s is
-            the parameter itself, which then starts at log(1/0.07) = 2.66 in the study whose tables are compared with.
+        scale: "exp": s is the exponential of the parameter, as in CLIP. "linear": s is the parameter itself, ≥ 0, which
+            starts at log(1/0.07) = 2.66 in the study whose tables are compared with. Both are held at `max_scale`.
         initial_scale: s to start from; 1/0.07 for "exp" and log(1/0.07) for "linear" by default.
         max_scale: largest s.
         symmetric: see `Critic`; it costs nothing more here in one process.
@@ -190,20 +210,16 @@ class NeuralCritic(Critic):
                 f"NeuralCritic: initial_scale must be > 0 and ≤ max_scale, got {initial_scale!r} and {max_scale!r}"
             )
         self.x_head, self.z_head, self.exponential = x_head, z_head, scale == "exp"
-        self.limit = math.log(max_scale) if self.exponential else max_scale
-        self.scale_parameter = nn.Parameter(
-            torch.tensor(math.log(initial_scale) if self.exponential else initial_scale)
-        )
+        self.limits = (-math.inf, math.log(max_scale)) if self.exponential else (0.0, max_scale)
+        initial = math.log(initial_scale) if self.exponential else initial_scale
+        self.scale_parameter = nn.Parameter(torch.tensor([initial]))  # not 0-dimensional: FSDP has no place for that
 
     def scale(self) -> Tensor:
         """s, 0-dimensional."""
-        limited = self.scale_parameter.clamp(max=self.limit)
-        return limited.exp() if self.exponential else limited
+        held = _Held.apply(self.scale_parameter[0], *self.limits)
+        return held.exp() if self.exponential else held
 
     def forward(self, seen: Any, posterior: Distribution, z: Tensor) -> Scores:
-        if self.training:
-            with torch.no_grad():  # held at the limit and not beyond, from where no gradient would bring it back
-                self.scale_parameter.clamp_(max=self.limit)
         of_x, of_z = self.x_head(seen).flatten(1), self.z_head(z).flatten(1)
         self._check(z, x=len(of_x), posterior=posterior.batch_shape[0] if len(posterior.batch_shape) else 1)
         if of_x.shape != of_z.shape:
@@ -213,9 +229,10 @@ class NeuralCritic(Critic):
             )
         of_x, of_z = (F.normalize(features.to(z.dtype), dim=1) for features in (of_x, of_z))
         scale = self.scale()
-        every_x, every_z = self._gathered(of_x, of_z)
+        (every_x,) = self._gathered(of_x)
         log_sum_x, log_sum_z = ops.similarity_logsumexp(of_z, every_x, scale)
-        if self.symmetric and len(every_z) > len(of_z):
+        if self.symmetric and len(every_x) > len(of_x):
+            (every_z,) = self._gathered(of_z)
             log_sum_z = ops.similarity_logsumexp(every_z, of_x, scale)[1]
         return Scores(scale * (of_x * of_z).sum(1), log_sum_x, log_sum_z if self.symmetric else None)
 
@@ -229,7 +246,8 @@ class HybridCritic(Critic):
 
     Args:
         vae: whose encoder is a `GaussianEncoder`, or offers `begin`, `finish` and `remainder` as that does. Only its
-            architecture is used here; give the same VAE to `encode`.
+            architecture is used here; give the same VAE to `encode`. Of its layers those that have `reset_parameters`,
+            as all of torch's, get new weights in the critic.
         share: layers shared, fewer than the encoder has.
         hidden: width of the hidden layer of the heads' perceptrons.
         width: E.
@@ -243,6 +261,9 @@ class HybridCritic(Critic):
         x_head = nn.Sequential(encoder.remainder(share), nn.ReLU(), *mlp([2 * latent_dim, hidden, width], nn.ReLU))
         self.share, self.heads = share, NeuralCritic(x_head, mlp([latent_dim, hidden, width], nn.ReLU), **options)
 
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"heads": self.heads.settings()}
+
     def encode(self, vae: VAE, x: Tensor) -> tuple[Distribution, Any]:
         encoder = _layered(vae)
         h = encoder.begin(x, self.share)
@@ -254,6 +275,8 @@ class HybridCritic(Critic):
 
 def _layered(vae: VAE) -> Layered:
     encoder: Any = vae.encoder
+    if type(vae).encode is not VAE.encode:
+        raise TypeError(f"HybridCritic: vae must encode by its encoder, as VAE does, got {type(vae).__name__}")
     if not all(hasattr(encoder, name) for name in ("begin", "finish", "remainder")):
         raise TypeError(
             "HybridCritic: vae.encoder must offer begin, finish and remainder, as GaussianEncoder does, got "

@@ -1,7 +1,6 @@
 """The training objectives, as functions of tensors and distributions."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -130,6 +129,8 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution) -> Tensor:
 class FreeBits:
     """A part of the KL that costs nothing, so that nothing is gained by collapsing below it.
 
+    The mean is over the batch at hand, a part of it under gradient accumulation and in several processes.
+
     Args:
         nats: the part: of the whole KL, or of each coordinate's.
         per: "total": max(nats, KL), KL being the mean over the minibatch. "dimension": Σ_d max(nats, KL_d), the form of
@@ -153,25 +154,44 @@ class FreeBits:
         return kl_per_dimension(posterior, prior).mean(0).clamp(min=self.nats).sum()
 
 
-def linear_annealing(steps: int) -> Callable[[int], float]:
-    """β from 0 to 1 over the first `steps` steps, 1 afterwards (Bowman et al., 2016)."""
-    if steps < 1:
-        raise ValueError(f"linear_annealing: steps must be ≥ 1, got {steps}")
-    return lambda step: min(1.0, step / steps)
+@dataclass(frozen=True)
+class LinearAnnealing:
+    """β from 0 to `final` over the first `steps` steps: step → β (Bowman et al., 2016)."""
+
+    steps: int
+    final: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"LinearAnnealing: steps must be ≥ 1, got {self.steps}")
+
+    def __call__(self, step: int) -> float:
+        return self.final * min(1.0, step / self.steps)
 
 
-def cyclical_annealing(steps: int, cycles: int = 4, ratio: float = 0.5) -> Callable[[int], float]:
-    """β from 0 to 1 again and again: in each of the cycles over its first `ratio`, then 1; 1 after `steps`.
+@dataclass(frozen=True)
+class CyclicalAnnealing:
+    """β from 0 to `final` again and again: in each cycle over its first `ratio`; `final` after `steps`.
 
     Source: Fu, Li, Liu, Gao, Celikyilmaz, Carin, "Cyclical annealing schedule: a simple approach to mitigating KL
     vanishing", NAACL 2019.
     """
-    if steps < cycles or cycles < 1:
-        raise ValueError(f"cyclical_annealing: cycles must be 1 … steps, got {cycles} for {steps} steps")
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError(f"cyclical_annealing: ratio must be > 0 and ≤ 1, got {ratio!r}")
-    period = steps / cycles
-    return lambda step: 1.0 if step >= steps else min(1.0, (step % period) / (period * ratio))
+
+    steps: int
+    cycles: int = 4
+    ratio: float = 0.5
+    final: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cycles <= self.steps:
+            raise ValueError(f"CyclicalAnnealing: cycles must be 1 … steps, got {self.cycles} for {self.steps} steps")
+        if not 0.0 < self.ratio <= 1.0:
+            raise ValueError(f"CyclicalAnnealing: ratio must be > 0 and ≤ 1, got {self.ratio!r}")
+
+    def __call__(self, step: int) -> float:
+        period = self.steps / self.cycles
+        rising = (step % period) / (period * self.ratio)
+        return self.final if step >= self.steps else self.final * min(1.0, rising)
 
 
 class VAELoss(nn.Module):
@@ -187,13 +207,16 @@ class VAELoss(nn.Module):
         free_bits: takes the place of the KL term.
 
     `forward` returns named terms, 0-dimensional: `loss` first, then `reconstruction` = −E log p(x|z), `kl`, and with a
-    critic `critic` = c, all in nats per example.
+    critic `critic` = c, all in nats per example. c depends on how many examples it tells z apart from: those of figures
+    that are compared must be equally many.
     """
 
     def __init__(
         self, vae: VAE, critic: Critic | None = None, critic_weight: float = 1.0, free_bits: FreeBits | None = None
     ):
         super().__init__()
+        if not isinstance(vae, VAE):
+            raise TypeError(f"VAELoss: vae must be a VAE, got {type(vae).__name__}")
         if critic is not None and not isinstance(critic, Critic):
             raise TypeError(f"VAELoss: critic must be a Critic, got {type(critic).__name__}")
         if not (math.isfinite(critic_weight) and critic_weight >= 0):

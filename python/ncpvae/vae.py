@@ -121,7 +121,7 @@ class GaussianEncoder(Pretrained):
         return diagonal_normal(mean, std)
 
     def remainder(self, share: int) -> nn.Module:
-        """A copy of the layers after the first `share`, with new weights: h → [B, 2D]."""
+        """A copy of the layers after the first `share`, h → [B, 2D]; those with `reset_parameters` get new weights."""
         rest = copy.deepcopy(self._cut(share)[1])
         for module in rest.modules():
             reset = getattr(module, "reset_parameters", None)
@@ -164,7 +164,7 @@ class MLPEncoder(GaussianEncoder):
         hidden: widths of the hidden layers.
         latent_dim: D.
         activation: the hidden layers' activation module.
-        **options: `scale`, `input_mean` of `GaussianEncoder`.
+        **options: `scale`, `input_mean`, `min_kl` of `GaussianEncoder`.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class ConvEncoder(GaussianEncoder):
         channels: output channels of each stride-2 convolution; the RAE paper's are (128, 256, 512, 1024).
         latent_dim: D.
         kernel_size: of every convolution; RAE's is 5.
-        **options: `scale`, `input_mean` of `GaussianEncoder`.
+        **options: `scale`, `input_mean`, `min_kl` of `GaussianEncoder`.
 
     Source of the architecture: Ghosh, Sajjadi, Vergari, Black, Schölkopf, "From variational to deterministic
     autoencoders", ICLR 2020 (RAE).

@@ -170,3 +170,14 @@ def test_no_gradient_is_lost_where_the_gradients_layer_is_passed_by():
         torch.func.grad(total)(z)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         total(torch.autograd.forward_ad.make_dual(z, torch.ones_like(z)))
+
+
+def test_the_plain_kernels_keep_their_precision_under_autocast():
+    x = torch.nn.functional.normalize(torch.randn(64, 8), dim=1)
+    kernel = _library._in_own_precision(ncpvae.ops.reference.similarity_logsumexp)
+    expected = kernel(x, x, torch.tensor(100.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kernel(x, x, torch.tensor(100.0))
+        rounded = ncpvae.ops.reference.similarity_logsumexp(x, x, torch.tensor(100.0))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert (rounded[0] - expected[0]).abs().max() > 1e-2  # what autocast would do to it

@@ -5,6 +5,7 @@ every device that torch knows. `libncpvae_cpu` and `libncpvae_cuda` add kernels 
 same schema when they are loaded; torch's dispatcher does the choosing.
 """
 
+import functools
 import importlib
 import os
 import warnings
@@ -28,9 +29,23 @@ def define(schema: str, reference: Callable, fake: Callable | None = None) -> No
     """Define an op from its schema, with its plain-torch kernel and its shape function."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _in_own_precision(reference), "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"ncpvae::{name}", fake, lib=LIBRARY)
+
+
+def _in_own_precision(reference: Callable) -> Callable:
+    """The same under autocast as without: as the compiled kernels, an op accumulates in float32 at least."""
+
+    @functools.wraps(reference)
+    def kernel(*arguments):
+        device = next(argument.device.type for argument in arguments if isinstance(argument, torch.Tensor))
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return reference(*arguments)
+        with torch.autocast(device, enabled=False):
+            return reference(*arguments)
+
+    return kernel
 
 
 def autograd(name: str, backward: Callable, setup_context: Callable) -> None:

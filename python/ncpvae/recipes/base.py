@@ -4,6 +4,7 @@ A recipe is a frozen dataclass; each of its fields is a flag of `ncpvae train`. 
 docstring says where each number comes from and what the source leaves open.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -12,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._random import derived_seed
 from ..critics import Critic, HybridCritic, SelfCritic
 from ..data import Dataset, load
-from ..objectives import FreeBits, cyclical_annealing, linear_annealing
+from ..objectives import CyclicalAnnealing, FreeBits, LinearAnnealing
 from ..train import Aggressive, Execution, adamw
 from ..train.engine import Schedule
 from ..train.execution import check_count, check_positive
@@ -68,15 +70,22 @@ class Remedies:
     inner_steps: int = 10
     """of the encoder alone for each of both, in aggressive training"""
 
+    def __post_init__(self) -> None:
+        for name, least in (("annealing_steps", 1), ("cycles", 1), ("aggressive_steps", 0), ("inner_steps", 1)):
+            if getattr(self, name) is not None:
+                check_count(f"remedies.{name}", getattr(self, name), minimum=least)
+        if self.free_bits is not None:
+            check_positive("remedies.free_bits", self.free_bits)
+        if not 0.0 <= self.min_kl < math.inf:
+            raise ValueError(f"remedies.min_kl must be finite and ≥ 0, got {self.min_kl!r}")
+
     def kl_weight(self, steps: int, final: float) -> Callable[[int], float] | float:
         """β in a run of so many steps, as `fit_vae` takes it."""
         if self.annealing == "none":
             return final
         if self.annealing == "linear":
-            factor = linear_annealing(self.annealing_steps or max(1, steps // 3))
-        else:
-            factor = cyclical_annealing(self.annealing_steps or steps, self.cycles)
-        return lambda step: final * factor(step)
+            return LinearAnnealing(self.annealing_steps or max(1, steps // 3), final)
+        return CyclicalAnnealing(self.annealing_steps or steps, self.cycles, final=final)
 
     def options(self) -> dict[str, Any]:
         """Further arguments of `fit_vae`."""
@@ -261,10 +270,13 @@ class Recipe(ABC):
         return x
 
 
-def initialised(seed: int, build) -> Any:
-    """`build()` with weights drawn from `seed`, torch's global generators being left as they were."""
+def initialised(seed: int, build, part: int = 0) -> Any:
+    """`build()` with weights drawn from `seed`, torch's global generators being left as they were.
+
+    Parts of one model that are built apart take numbers of their own, lest layers of equal shape have equal weights.
+    """
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(derived_seed(seed, part) if part else seed)
         return build()
 
 

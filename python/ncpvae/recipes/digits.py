@@ -34,7 +34,7 @@ class Digits(Recipe):
 
     def vae(self, mean: Tensor | None = None) -> VAE:
         first, *others = self.channels[::-1]
-        encoder = ConvEncoder(self.shape, self.channels, self.latent_dim, kernel_size=3)  # type: ignore[arg-type]
+        encoder = ConvEncoder(self.shape, self.channels, self.latent_dim, kernel_size=3, min_kl=self.remedies.min_kl)  # type: ignore[arg-type]
         up = (first, *others, self.channels[0])
         decoder = ConvDecoder(self.latent_dim, up, self.shape, kernel_size=3)  # type: ignore[arg-type]
         return VAE(encoder, decoder, BinomialLikelihood(LEVELS), Normal(self.latent_dim))

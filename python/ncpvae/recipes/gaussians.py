@@ -42,7 +42,7 @@ class Gaussians(Recipe):
 
     def vae(self, mean: Tensor | None = None) -> VAE:
         features = torch.Size(self.shape).numel()
-        encoder = MLPEncoder(features, self.hidden, self.latent_dim, nn.LeakyReLU)
+        encoder = MLPEncoder(features, self.hidden, self.latent_dim, nn.LeakyReLU, min_kl=self.remedies.min_kl)
         decoder = MLPDecoder(self.latent_dim, self.hidden, self.shape, nn.LeakyReLU)
         return VAE(encoder, decoder, NormalLikelihood(self.decoder_std), Normal(self.latent_dim))
 

@@ -53,6 +53,7 @@ class ImagesConv(Recipe):
             self.channels,
             self.latent_dim,
             scale=self.encoder_scale,
+            min_kl=self.remedies.min_kl,
         )
         decoder = ConvDecoder(self.latent_dim, self.channels[::-1], self.shape)  # type: ignore[arg-type]
         likelihood = NormalLikelihood(self.decoder_std, self.learn_decoder_std)

@@ -49,7 +49,15 @@ class MnistMLP(Recipe):
     def vae(self, mean: Tensor | None = None) -> VAE:
         mean = torch.zeros(self.shape) if mean is None else mean
         features = torch.Size(self.shape).numel()
-        encoder = MLPEncoder(features, self.hidden, self.latent_dim, nn.Tanh, scale="softplus", input_mean=mean)
+        encoder = MLPEncoder(
+            features,
+            self.hidden,
+            self.latent_dim,
+            nn.Tanh,
+            scale="softplus",
+            input_mean=mean,
+            min_kl=self.remedies.min_kl,
+        )
         decoder = MLPDecoder(self.latent_dim, self.hidden, self.shape, nn.Tanh)
         linears = [m for network in (encoder, decoder) for m in network.modules() if isinstance(m, nn.Linear)]
         for linear in linears:

@@ -59,7 +59,7 @@ def train(
     examples, validation = placed(dataset.splits.train, run.device), placed(dataset.splits.validation, run.device)
     mean = None if dataset.kind == "text" else mean_of(dataset)
     vae = initialised(recipe.seed, lambda: recipe.vae(mean)).to(run.device)
-    critic = initialised(recipe.seed, lambda: recipe.build_critic(vae))
+    critic = initialised(recipe.seed, lambda: recipe.build_critic(vae), part=1)
     result = fit_vae(
         vae,
         examples,

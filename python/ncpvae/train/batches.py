@@ -114,12 +114,13 @@ def mean_over_parts(terms: Callable[[Any], dict[str, Tensor]], parts: Iterable[A
     """The terms' means over all rows of the parts, which processes share out: part c draws from (seed, c)."""
     sums: dict[str, float] = {}
     rows, shared = 0, ranks()
-    for c, part in enumerate(parts):
-        if c % shared.size == shared.rank:
-            _random.reseed(_random.derived_seed(seed, VALIDATION, c))
-            for name, term in terms(part).items():
-                sums[name] = sums.get(name, 0.0) + float(term) * num_rows(part)
-            rows += num_rows(part)
+    with shared.failing_together("validation"):
+        for c, part in enumerate(parts):
+            if c % shared.size == shared.rank:
+                _random.reseed(_random.derived_seed(seed, VALIDATION, c))
+                for name, term in terms(part).items():
+                    sums[name] = sums.get(name, 0.0) + float(term) * num_rows(part)
+                rows += num_rows(part)
     gathered = shared.gather(sums | {"": float(rows)})
     names = max(gathered, key=len)
     total = {name: sum(part.get(name, 0.0) for part in gathered) for name in names}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Aggressive:
     For the first `steps` optimiser steps, all but every (inner_steps + 1)-th update the encoder alone, the critic
     with it. He et al. decide when to go on by watching the bound on every few batches, and when to stop altogether by
     the mutual information; with fixed numbers a step is a function of its number, and a resumed run goes on exactly.
+    Their step in between is the decoder's alone, and here it is both's.
 
     Source: He, Spokoyny, Neubig, Berg-Kirkpatrick, "Lagging inference networks and posterior collapse in variational
     autoencoders", ICLR 2019.
@@ -82,7 +83,7 @@ def fit_vae(
         steps, batch_size, lr: of Adam; batch_size is that of all processes together, and of no concern to an iterable.
         schedule, optimizer: see `train.engine.train`.
         kl_weight: β, on the KL term, or a function from the step, counted from 0, to it, as
-            `objectives.linear_annealing` and `cyclical_annealing` are; validation takes the last step's.
+            `objectives.LinearAnnealing` and `CyclicalAnnealing` are; validation takes the last step's.
         critic: against posterior collapse; on the VAE's device, trained in place with it. Its negatives are the other
             examples of the batch, of all processes; parts of a batch under gradient accumulation are apart.
         critic_weight: λ, on c, both c and the ELBO being means over the batch.
@@ -134,12 +135,12 @@ def fit_vae(
 
     def validate() -> dict[str, float]:
         prepare = validation_transform or transform
-        return mean_over_parts(lambda x: bound(prepare(x.to(device)), beta(steps)), held_out_parts(), seed)
+        return mean_over_parts(lambda x: bound(prepare(x.to(device)), beta(steps - 1)), held_out_parts(), seed)
 
-    known: dict[str, Any] = {"stage": "vae", "batch_size": batch_size}
-    known |= {} if callable(kl_weight) else {"kl_weight": kl_weight}
-    known |= {} if critic is None else {"critic": type(critic).__name__, "critic_weight": critic_weight}
-    known |= {name: asdict(o) for name, o in (("free_bits", free_bits), ("aggressive", aggressive)) if o is not None}
+    known: dict[str, Any] = {"stage": "vae", "batch_size": batch_size, "kl_weight": _described(kl_weight)}
+    known |= {"free_bits": _described(free_bits), "aggressive": _described(aggressive), "critic": None}
+    if critic is not None:  # whose negatives depend on the number of processes too
+        known |= {"critic": critic.settings(), "critic_weight": critic_weight, "processes": world_size()}
     return train(
         vae if critic is None else loss,
         terms,
@@ -161,6 +162,13 @@ def fit_vae(
     )
 
 
+def _described(setting: Any) -> Any:
+    """A number as it is, one of our dataclasses by its fields, any other function as a function."""
+    if is_dataclass(setting) and not isinstance(setting, type):
+        return {"class": type(setting).__name__, **asdict(setting)}
+    return "a function" if callable(setting) else setting
+
+
 @contextmanager
 def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
     """What is computed within gives these parameters no gradient; an optimiser passes over those that have none."""
@@ -175,10 +183,10 @@ def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def adamw(weight_decay: float, lr: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """AdamW for `fit_vae(optimizer=…)`; parameters without dimensions, such as a critic's scale, do not decay."""
+    """AdamW for `fit_vae(optimizer=…)`; parameters of one element, such as a critic's scale, do not decay."""
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        groups = [[p for p in parameters if p.dim()], [p for p in parameters if not p.dim()]]
+        groups = [[p for p in parameters if p.numel() > 1], [p for p in parameters if p.numel() == 1]]
         decays = [weight_decay, 0.0]
         named = [{"params": g, "weight_decay": decay} for g, decay in zip(groups, decays, strict=True) if g]
         return torch.optim.AdamW(named, lr=lr, fused=True)
