@@ -1,6 +1,7 @@
 """Runs with critics from training to the comparison, and the recipes of the critics' experiments."""
 
 import json
+import shutil
 import statistics
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 from ncpvae.critics import HybridCritic, NeuralCritic, SelfCritic
 from ncpvae.data import load_vocabulary
 from ncpvae.recipes import RECIPES, CriticSettings, Remedies, initialised
-from ncpvae.runs import comparison, evaluation, sampling, training
+from ncpvae.runs import comparison, evaluation, open_run, sampling, training
 from ncpvae.text_vae import TextDistribution
 
 QUICK = {"importance_samples": 4, "snis_proposals": 10, "test_examples": 20, "samples": 60, "sir_proposals": 50}
@@ -45,6 +46,23 @@ def test_runs_that_differ_by_the_seed_are_one_row_with_mean_and_deviation(toys):
     assert rows["critic.kind none"].split()[2] == "3"  # runs
     assert "mean (standard deviation) over runs that differ by the seed alone" in text
     assert "144.09 (12.59)" in text and "MI within minibatches" in text  # what was published, and how
+
+
+def test_figures_measured_differently_are_not_averaged(toys, tmp_path):
+    folders = [shutil.copytree(run.folder, tmp_path / run.folder.name) for run in toys[:2]]
+    run = open_run(folders[1])
+    evaluation.evaluate(run, replace(run.recipe.evaluation, test_examples=7))
+    text = comparison.compare(folders)
+    assert "runs that differ by the seed alone" not in text
+    assert "not measured alike, test NLL" in text and "7 examples" in text
+
+
+def test_published_figures_stand_beside_models_they_are_of(toys, tmp_path):
+    """And what the runs have otherwise than the source is said."""
+    text = comparison.compare([run.folder for run in toys])
+    assert "critic.kind neural: not as published but with steps = 4 (4740), batch_size = 64 (1024)" in text
+    other = run_of(tmp_path / "other", "toy-gmm", critic=replace(RECIPES["toy-gmm"].critic, kind="self", weight=1.0))
+    assert "159.54" not in comparison.compare([other.folder])
 
 
 def test_the_record_holds_every_run_with_settings_and_protocols(toys, tmp_path):

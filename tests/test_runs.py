@@ -60,6 +60,9 @@ def test_recipes_models_fit_each_other(name):
     assert classifier(out.z).shape == (4,)
     assert recipe.pictures(sampling.decode_mean(vae, out.z)).shape == x.shape
     assert set(training.plan(recipe)["parameters"]) == {"VAE", "classifier"}
+    neural = training.plan(replace(recipe, critic=replace(recipe.critic, kind="neural")))
+    assert neural["parameters"]["critic"] > 0
+    assert neural["memory"]["activations of a batch"] > training.plan(recipe)["memory"]["activations of a batch"]
 
 
 def test_the_planned_memory_counts_parameters_and_activations():

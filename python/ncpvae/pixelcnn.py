@@ -124,9 +124,9 @@ class PixelCNNLikelihood(Pretrained):
     Args:
         context_channels: C of the feature map.
         channels: h; the residual blocks are 2h wide and their masked convolutions h.
-        kernel_sizes: of the masked convolutions, odd, the first ≥ 3. The default is that of the Omniglot experiments of
-            He, Spokoyny, Neubig, Berg-Kirkpatrick, "Lagging inference networks and posterior collapse in variational
-            autoencoders", ICLR 2019, by its public configuration, which has 32 channels and a feature map of 4 too.
+        kernel_sizes: of the masked convolutions, odd, the first ≥ 3. The default stands, with 32 channels and a feature
+            map of 4, in the public configuration of He, Spokoyny, Neubig, Berg-Kirkpatrick, "Lagging inference networks
+            and posterior collapse in variational autoencoders", ICLR 2019, whose code builds a larger network.
 
     Pixels above are unseen where they are too far to the right, with 3×3 kernels more columns than rows away: the
     "blind spot" of such masks.

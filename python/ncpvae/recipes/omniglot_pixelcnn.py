@@ -17,11 +17,12 @@ from .omniglot_conv import LAYERS
 class OmniglotPixelCNN(Recipe):
     """Omniglot with a masked PixelCNN for decoder, which can do without z: the setting that critics were proposed in.
 
-    The decoder is that of He et al. (2019), "Lagging inference networks and posterior collapse in variational
-    autoencoders", by its public configuration: z to a feature map of 4 channels beside the image, 12 masked layers of
-    32 channels, here without BatchNorm, whose statistics tell of later pixels; batch 50, Adam 1e-3, latent 32, images
-    binarised on the fly. The encoder is that of `omniglot-conv` in place of their ResNet, and λ = 20 as there. 13,380
-    steps are 30 epochs.
+    The decoder's sizes stand in the public configuration of He et al. (2019), "Lagging inference networks and posterior
+    collapse in variational autoencoders": z to a feature map of 4 channels beside the image, 12 masked layers of 32
+    channels; their code, though, builds a larger one (64 channels, ELU, skip connections) with BatchNorm, whose
+    statistics tell of later pixels and which is left out here. Batch 50, Adam 1e-3, latent 32, images binarised on the
+    fly. The encoder is that of `omniglot-conv` in place of their ResNet, and λ = 20 as there. 13,380 steps are 30
+    epochs.
 
     An image's likelihood costs a pass through all layers, so that the importance-weighted bound takes 100 draws for
     each of 500 test images; the figures of the codes are of all test images.
@@ -61,6 +62,7 @@ class OmniglotPixelCNN(Recipe):
         return binarize(x)
 
     def published(self) -> dict[str, str]:
+        """The paper's figures, of He et al.'s larger decoder."""
         rows = {
             "none": ("89.41", "1.43", "3", "1.51"),
             "self": ("89.18", "3.75", "11", "6.30"),

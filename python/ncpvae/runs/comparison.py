@@ -1,13 +1,15 @@
 """`ncpvae compare`: the figures of several runs side by side, those that differ by the seed alone as mean (std)."""
 
+import re
 import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..recipes import RECIPES
 from ..report import Metric
 from ..report.content import flatten
-from .evaluation import AU, CAP, KL, MARGINAL_KL, MI, NLL, cautions, cell, read_figures, table
+from .evaluation import AU, CAP, KL, MARGINAL_KL, MI, NLL, cautions, cell, read_evaluation, read_figures, table
 from .folder import Run, as_json, open_run, write_json
 
 #: columns of the short table: title → names of a figure, the first that a run has being taken
@@ -75,8 +77,11 @@ def record(groups: list[Group]) -> dict[str, Any]:
 
 
 def grouped(runs: list[Run]) -> list[Group]:
-    """The runs by their settings but for seed and execution; labels are folders' names, or the settings that differ."""
-    keys = [as_json(replace(run.recipe, seed=0)) | {"execution": None, "recipe": run.name} for run in runs]
+    """The runs by their settings but for seed and execution; labels are folders' names, or the settings that differ.
+
+    The settings are those that the figures were measured with.
+    """
+    keys = [_measured_with(run) | {"seed": None, "execution": None, "recipe": run.name} for run in runs]
     found: list[tuple[dict, list[Run]]] = []
     for key, run in zip(keys, runs, strict=True):
         same = [members for known, members in found if known == key]
@@ -94,6 +99,11 @@ def grouped(runs: list[Run]) -> list[Group]:
         Group(label, members, [_named(run) for run in members])
         for label, (_, members) in zip(labels, found, strict=True)
     ]
+
+
+def _measured_with(run: Run) -> dict[str, Any]:
+    record = read_evaluation(run)
+    return as_json(run.recipe) if record is None else record["settings"]
 
 
 def _settings_apart(keys: list[dict], otherwise: list[str]) -> list[str]:
@@ -122,11 +132,30 @@ def short(groups: list[Group]) -> list[list[str]]:
                 stage = [run.config.get("stage_one", {}).get("seconds") for run in group.runs]
                 seconds = _spread(stage, ".0f") if side == "base" else ""
                 lines.append([group.label if side == "base" else "  with NCP", str(len(group.runs)), *cells, seconds])
-        published = group.runs[0].recipe.published()
+        published = _published(group)
         if published:
             row = [published.get(title, "") for title in [*COLUMNS, "seconds"]]
             lines.append(["  published", published.get("runs", ""), *row])
     return lines
+
+
+def _published(group: Group) -> dict[str, str]:
+    """What the recipe's source says of such a model: its remedies are the recipe's, and its critic but for the kind."""
+    recipe = group.runs[0].recipe
+    own = RECIPES[group.runs[0].name]
+    alike = replace(own.critic, kind=recipe.critic.kind) == recipe.critic and own.remedies == recipe.remedies
+    return recipe.published() if alike else {}
+
+
+def _differences(group: Group) -> str:
+    """Where the training of the group's runs departs from that of the recipe, for which figures were published."""
+    ours, own = (dict(flatten(as_json(recipe))) for recipe in (group.runs[0].recipe, RECIPES[group.runs[0].name]))
+    free = ("seed", "prior", "evaluation", "execution", "critic", "remedies", "validate_every")
+    return ", ".join(
+        f"{name} = {ours[name]} ({own.get(name)})"
+        for name in ours
+        if ours[name] != own.get(name) and name.partition(".")[0] not in free
+    )
 
 
 def _value(figure: Metric | None, side: str) -> float | None:
@@ -151,12 +180,21 @@ def remarks(groups: list[Group], names: list[str]) -> list[str]:
     """What is to be said beside the tables: cautions on data, estimators of published figures, unlike protocols."""
     runs = [(group.label, run) for group in groups for run in group.runs]
     notes = [f"{label}: {note}" for label, run in {label: run for label, run in runs}.items() for note in cautions(run)]
+    short_names = {name for column in COLUMNS.values() for name in column}
     for name in names:
-        found = {g.label: g.figures[0][name] for g in groups if name in g.figures[0]}
-        ways = {label: f.protocol for label, f in found.items() if f.lower_is_better is not None}
-        if len(set(ways.values())) > 1:
-            notes += [f"not measured alike, {name}: " + "; ".join(f"{label}: {way}" for label, way in ways.items())]
+        found = [(g.label, f[name]) for g in groups for f in g.figures if name in f]
+        ways: dict[str, list[str]] = {}
+        for label, figure in found:
+            if figure.lower_is_better is not None or figure.name in short_names:
+                way = re.sub(r"seed \d+", "its seed", figure.protocol)
+                ways.setdefault(way, []).append(label)
+        if len(ways) > 1:
+            told = (f"{', '.join(dict.fromkeys(labels))}: {way}" for way, labels in ways.items())
+            notes.append(f"not measured alike, {name}: " + "; ".join(told))
     if len({run.recipe.data for _, run in runs}) > 1:
         notes.append("the runs are of different data: " + ", ".join(dict.fromkeys(run.recipe.data for _, run in runs)))
-    published = [run.recipe.published().get("note", "") for _, run in runs]
-    return [*notes, *(f"published: {note}" for note in dict.fromkeys(published) if note)]
+    for group in groups:
+        note, differences = _published(group).get("note", ""), _differences(group)
+        notes += [f"published: {note}"] if note else []
+        notes += [f"{group.label}: not as published but with {differences}"] if note and differences else []
+    return list(dict.fromkeys(notes))

@@ -194,6 +194,8 @@ def information(run: Run, vae: VAE, seed: int) -> list[Metric]:
     assert mi.marginal_kl is not None
     error = _finite(mi.marginal_kl_standard_error)
     rows.append(Metric(MARGINAL_KL, "nats", mi.marginal_kl, None, None, error, protocol=f"{how}; too high at the cap"))
+    if minibatch < 2:
+        return rows
     small = metrics.minibatch_mutual_information(found, minibatch, seed=seed, device=run.device, distributed=True)
     std = metrics.active_units_by_sampled_std(found, seed=seed)
     note = "biased; for comparison with published tables only; "

@@ -15,6 +15,7 @@ from .. import _random
 from .._distributed import rank, ranks
 from .._files import atomic_file
 from ..data import Dataset, save_vocabulary
+from ..objectives import VAELoss
 from ..priors import GaussianMixture, NoiseContrastivePrior, Normal
 from ..recipes import Recipe, StageTwo, initialised
 from ..train import NCPResult, TrainResult, fit_ncp, fit_vae
@@ -185,22 +186,24 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     counted on two examples and scaled to the batch. Workspace of kernels and the framework itself come on top.
     """
     vae, classifier = initialised(recipe.seed, recipe.vae), initialised(recipe.seed, recipe.classifier)
+    critic = initialised(recipe.seed, lambda: recipe.build_critic(vae), part=1)
     parameters = {"VAE": _count(vae), "classifier": _count(classifier)}
+    parameters |= {} if critic is None else {"critic": _count(critic)}
+    loss = VAELoss(vae, critic)
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in loss.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _random.scoped(0):
         x = recipe.example(2)
-        out = vae(x)
-        (out.likelihood.log_prob(x).sum() + out.posterior.log_prob(out.z).sum()).backward()
+        loss(x)["loss"].backward()
     activations = sum(size for pointer, size in kept.items() if pointer not in own)
     per_forward = -(-recipe.batch_size // recipe.execution.gradient_accumulation)
     memory = {
-        "weights, gradients, optimiser": 16 * parameters["VAE"],
+        "weights, gradients, optimiser": 16 * _count(loss),
         "activations of a batch": activations * per_forward // 2,
     }
     return {"parameters": parameters, "memory": memory}
