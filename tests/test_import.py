@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "python"
 #: every module of ours that needs torch alone
 MODULES = ["ncpvae", "ncpvae.ops", "ncpvae.distributions", "ncpvae.nn", "ncpvae.vae", "ncpvae.nvae", "ncpvae.text_vae"]
+MODULES += ["ncpvae.pixelcnn"]
 MODULES += ["ncpvae.classifiers", "ncpvae.critics", "ncpvae.samplers", "ncpvae.priors", "ncpvae.objectives"]
 
 SCRIPT = """

@@ -9,10 +9,12 @@ from .classifiers import MLPClassifier, ResidualClassifier
 from .critics import Critic, HybridCritic, NeuralCritic, SelfCritic
 from .distributions import BernoulliLikelihood, BinomialLikelihood, DiagonalMixture, NormalLikelihood, temper
 from .objectives import VAELoss
+from .pixelcnn import PixelCNNLikelihood
 from .pretrained import Pretrained
 from .priors import GaussianMixture, LogNormalizer, NoiseContrastive, NoiseContrastivePrior, Normal
 from .samplers import SIR, Diagnostics, Langevin, SampleResult
 from .sharding import sample_blocks, sample_sharded
+from .text_vae import TextEncoder, TextLikelihood
 from .train import (
     CheckpointError,
     Execution,
@@ -63,12 +65,15 @@ __all__ = [
     "NoiseContrastivePrior",
     "Normal",
     "NormalLikelihood",
+    "PixelCNNLikelihood",
     "Pretrained",
     "ResidualClassifier",
     "SampleResult",
     "SelfCritic",
     "StackedConvDecoder",
     "StackedConvEncoder",
+    "TextEncoder",
+    "TextLikelihood",
     "TrainResult",
     "TrainingDiverged",
     "TrainingInterrupted",
