@@ -34,6 +34,12 @@ def world_size() -> int:
     return dist.get_world_size() if is_initialized() else 1
 
 
+def leave_group() -> None:
+    """End this process's part in the default group; a process that ends with its threads running may be aborted."""
+    if is_initialized():
+        dist.destroy_process_group()
+
+
 def block_seed(seed: int, block: int) -> int:
     """The seed of a block of work, the same whichever process does it; 0 … 2⁶³ − 1.
 

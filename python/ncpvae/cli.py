@@ -1,5 +1,6 @@
 """The command line: `ncpvae COMMAND`, also `python -m ncpvae COMMAND`; `ncpvae --help` lists the commands."""
 
+import atexit
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from ._distributed import rank, world_size
+from ._distributed import is_initialized, leave_group, rank, world_size
 
 
 def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
@@ -441,6 +442,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+        if is_initialized():
+            atexit.register(leave_group)
     return 0
 
 
