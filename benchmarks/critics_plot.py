@@ -1,0 +1,47 @@
+"""What critics and noise contrastive priors do to a model, from the figures that `ncpvae compare --output` wrote.
+
+    python benchmarks/critics_plot.py benchmarks/results/critics-toy.json docs/pictures/critics-toy.png
+
+One panel for each of likelihood, density and coverage over the mutual information: an arrow for each seed leads from the
+VAE's own prior to the noise contrastive one.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLOURS = {"none": "tab:gray", "self": "tab:blue", "hybrid": "tab:green", "neural": "tab:orange"}
+PANELS = {"test NLL, SNIS bound": "test NLL (nats)", "density": "density", "coverage": "coverage"}
+MI = "mutual information I(x; z)"
+
+
+def main(source: Path, target: Path) -> None:
+    models = json.loads(source.read_text())["models"]
+    figure = Figure(figsize=(4 * len(PANELS), 3.6), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    for number, (name, title) in enumerate(PANELS.items()):
+        axis = figure.add_subplot(1, len(PANELS), number + 1)
+        for model in models:
+            for seed, run in enumerate(model["runs"]):
+                kind = run["settings"]["critic"]["kind"]
+                figures = {f["name"]: f for f in run["figures"]}
+                x, y = figures[MI]["base"], figures[name]
+                label = {"none": "plain VAE"}.get(kind, f"{kind} critic") if seed == 0 else None
+                axis.plot(x, y["base"], "o", color=COLOURS[kind], fillstyle="none", label=label)
+                axis.annotate(
+                    "", (x, y["ncp"]), (x, y["base"]), arrowprops={"arrowstyle": "->", "color": COLOURS[kind]}
+                )
+                axis.plot(x, y["ncp"], ".", color=COLOURS[kind], markersize=3)
+        axis.set(title=title, xlabel="I(x; z), nats")
+        if number == 0:
+            axis.legend(fontsize=8, title="own prior → NCP", title_fontsize=8)
+    figure.savefig(target)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: critics_plot.py FIGURES.json PICTURE.png")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
