@@ -182,42 +182,45 @@ def readjust_batch_norm(
         generator: or a seed; torch's global generator without one.
 
     Raises:
-        FloatingPointError: where statistics become NaN or infinite; the model is as it was then.
+        FloatingPointError: where statistics become NaN or infinite; after any error the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"readjust_batch_norm: model must be an nn.Module, got {type(model).__name__}")
     if batch < 2 or draws < 1:
         raise ValueError(f"readjust_batch_norm: batch must be ≥ 2 and draws ≥ 1, got {batch} and {draws}")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    before = [{name: tensor.clone() for name, tensor in norm.named_buffers()} for norm in norms]
-    with _accumulating(norms), _random.scoped(generator):
+    with _averaging(norms), _random.scoped(generator):
         for _ in range(draws):
             model.walk(Ancestral(temperature), batch)
-    finite = all(bool(torch.isfinite(tensor).all()) for norm in norms for tensor in norm.buffers())
-    for norm, kept in zip(norms, before, strict=True):
-        if not finite or not norm.num_batches_tracked:
-            for name, tensor in kept.items():
-                getattr(norm, name).copy_(tensor)
-    if not finite:
-        raise FloatingPointError(
-            f"readjust_batch_norm: statistics at temperature {temperature} are not finite; those of training are kept"
-        )
+        if not all(bool(torch.isfinite(tensor).all()) for norm in norms for tensor in norm.buffers()):
+            raise FloatingPointError(
+                f"readjust_batch_norm: statistics at temperature {temperature} are not finite; those of training are "
+                "kept"
+            )
 
 
 @contextmanager
-def _accumulating(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Within the block these layers are in training mode, and average over all they see from then on."""
-    modes = [(norm.training, norm.momentum) for norm in norms]
+def _averaging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within the block these layers are in training mode, and average over all they see from then on.
+
+    Those that have seen nothing have their old statistics afterwards, and all of them after an exception.
+    """
+    before = [(norm.training, norm.momentum, [tensor.clone() for tensor in norm.buffers()]) for norm in norms]
+    seen: list[_BatchNorm] = []
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch's sign for an average over everything
         norm.train()
     try:
         yield
+        seen = [norm for norm in norms if norm.num_batches_tracked]
     finally:
-        for norm, (training, momentum) in zip(norms, modes, strict=True):
-            norm.momentum = momentum
+        for norm, (training, momentum, statistics) in zip(norms, before, strict=True):
             norm.train(training)
+            norm.momentum = momentum
+            if norm not in seen:
+                for tensor, kept in zip(norm.buffers(), statistics, strict=True):
+                    tensor.copy_(kept)
 
 
 def kl_warmup(steps: int, portion: float = 0.3, start: float = 1e-4, minimum: float = 1e-4) -> Callable[[int], float]:

@@ -155,14 +155,11 @@ class WeightNormConv2d(nn.Conv2d):
 
     Args:
         in_channels, out_channels, kernel_size, stride, groups: as in `nn.Conv2d`; kernel_size is odd.
-        gain: the first kernels are those of `nn.Conv2d` times this.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1, gain: float = 1.0
-    ):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1):
         super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups)
-        self.log_scale = nn.Parameter(torch.log(gain * (self._norm(self.weight.detach()) + 1e-2)))
+        self.log_scale = nn.Parameter(torch.log(self._norm(self.weight.detach()) + 1e-2))
 
     @staticmethod
     def _norm(weight: Tensor) -> Tensor:
@@ -294,6 +291,8 @@ class SpectralNorms(nn.Module):
         for layer in network.modules():
             if isinstance(layer, nn.Conv2d):
                 by_shape.setdefault(layer.weight.flatten(1).shape, []).append(layer)
+        if not by_shape:
+            raise ValueError("SpectralNorms: network must have convolutions, got none")
         self._layers = tuple(by_shape.values())  # in a tuple, so that they are not this module's
         generator = torch.Generator().manual_seed(0)
         for number, (shape, layers) in enumerate(by_shape.items()):
@@ -327,7 +326,7 @@ def _kernel(layer: nn.Conv2d) -> Tensor:
 def batch_norm_scales(network: nn.Module) -> Tensor:
     """Σ max |γ| over the network's BatchNorm layers, 0-dimensional: the other half of NVAE's regularisation."""
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.weight is not None]
-    return torch.stack([norm.weight.abs().amax() for norm in norms]).sum()
+    return torch.stack([norm.weight.abs().amax() for norm in norms]).sum() if norms else torch.zeros(())
 
 
 class PackedLinear(nn.Module):

@@ -151,7 +151,7 @@ class NVAE(Pretrained):
         """The encoder's features of every group, from the top, for x [B, C, H, W]."""
         if x.dim() != 4 or x.shape[1:] != self.shape:
             raise ValueError(f"NVAE: x must be [B, {', '.join(map(str, self.shape))}], got shape {tuple(x.shape)}")
-        feature = self.preprocess(self.stem(2.0 * F.pad(x, self.padding) - 1.0))
+        feature = self.preprocess(_laid_out(self.stem(2.0 * F.pad(x, self.padding) - 1.0)))
         features = []
         for tower in self.encoder:
             feature = tower(feature)
@@ -174,7 +174,7 @@ class NVAE(Pretrained):
 
     def walk(self, select: Select, batch: int) -> Distribution:
         """From the top to p(x|z), batch [B]; z_k [B, C, H, W] is `select(k, p(z_k | z_<k), context)`."""
-        state = self.top.expand(batch, -1, -1, -1)
+        state = _laid_out(self.top.expand(batch, -1, -1, -1))
         for k, level in enumerate(self.levels):
             state = level.cells(state)
             if k == 0:
@@ -192,6 +192,11 @@ class NVAE(Pretrained):
     def forward(self, x: Tensor) -> tuple[Distribution, Posterior]:
         """p(x|z) at a draw z ~ q(z|x), and the draw with its distributions: `hierarchy.infer`."""
         return infer(self, x)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """x in the layout in which its device is fast: on a CPU a training step takes 1.6 s so, and 2.7 s otherwise."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 def _check_counts(counts: dict[str, int], minimum: int) -> None:
@@ -228,10 +233,11 @@ class AutoregressiveConv2d(WeightNormConv2d):
     Channels of in and out are taken to be the z's in equal shares, in order.
 
     Args:
-        in_channels, out_channels, kernel_size, groups, gain: of the convolution.
+        in_channels, out_channels, kernel_size, groups: of the convolution.
         latent_channels: of z; in_channels and out_channels are multiples of it.
         strict: an output does not see its own z.
         mirror: the order is the reverse, of pixels and of channels.
+        gain: the first kernels are those of `nn.Conv2d` times this.
     """
 
     mask: Tensor
@@ -248,7 +254,7 @@ class AutoregressiveConv2d(WeightNormConv2d):
         groups: int = 1,
         gain: float = 1.0,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, groups=groups, gain=gain)
+        super().__init__(in_channels, out_channels, kernel_size, groups=groups)
         share = in_channels // groups
         target = torch.arange(out_channels) * latent_channels // out_channels
         source = torch.arange(in_channels).view(groups, share) * latent_channels // in_channels
@@ -260,7 +266,8 @@ class AutoregressiveConv2d(WeightNormConv2d):
         mask[centre, :centre] = 1.0
         mask = (mask.flip(0, 1) if mirror else mask).expand(out_channels, share, -1, -1).clone()
         mask[:, :, centre, centre] = (distance > 0 if strict else distance >= 0).float()
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", mask)
+        self.log_scale = nn.Parameter(torch.log(gain * (self._norm(self.weight.detach() * mask) + 1e-2)))
 
     def effective_weight(self) -> Tensor:
         masked = self.weight * self.mask
