@@ -274,7 +274,11 @@ class HierarchicalLoss(nn.Module):
             to 1; the same all along by default.
 
     `forward` returns named terms, 0-dimensional: `loss` first, `reconstruction` and `kl` in nats per example, and with
-    λ > 0 `regularization`, the sum without λ. In eval mode `loss` is the negative bound, without regularisation.
+    λ > 0 `regularization`, the sum without λ. In eval mode nothing is balanced or regularised: at β = 1 `loss` is the
+    negative bound.
+
+    A training loop should be handed this module, not the VAE alone: it switches its mode, and the vectors of the power
+    iteration, without which a run cannot be resumed exactly, are its state.
     """
 
     alpha: Tensor

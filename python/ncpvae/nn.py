@@ -260,10 +260,10 @@ def _recomputing(cell: nn.Module) -> tuple[AbstractContextManager, AbstractConte
 @contextmanager
 def _without_statistics(module: nn.Module) -> Iterator[None]:
     """Within the block BatchNorm normalises as before, but keeps no account of what it has seen."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, (_, count) in zip(norms, kept, strict=True):
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ s_k is the context c(z_<k) of a noise contrastive prior. Letters: B batch, C H W
 Source: Vahdat and Kautz, "NVAE: a deep hierarchical variational autoencoder", NeurIPS 2020; NCP-VAE, appendix D.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -77,65 +77,33 @@ class NVAE(Pretrained):
         _check_counts(counts, minimum=1)
         optional = {"halvings": halvings, "encoder_cells": encoder_cells, "decoder_cells": decoder_cells}
         _check_counts({**optional, "flows": flows}, minimum=0)
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"NVAE: shape must be (C, H, W), each ≥ 1, got {tuple(shape)}")
-        if not groups_per_scale or min(groups_per_scale) < 1:
-            raise ValueError(
-                f"NVAE: groups_per_scale must have a number ≥ 1 for each scale, got {tuple(groups_per_scale)}"
-            )
-        scales, all_halvings = len(groups_per_scale), halvings + len(groups_per_scale) - 1
-        if channels % 2 and all_halvings:
-            raise ValueError(f"NVAE: channels must be even for {all_halvings} factorised reductions, got {channels}")
+        _check_sizes(shape, groups_per_scale, channels, halvings)
         self.likelihood = BernoulliLikelihood() if likelihood is None else likelihood
         if not hasattr(self.likelihood, "parameter_channels"):
             raise TypeError(
                 f"NVAE: likelihood must have a method parameter_channels, got {type(self.likelihood).__name__}"
             )
         self.shape, self.residual = tuple(shape), residual
-        factor = 2**all_halvings
+        factor = 2 ** (halvings + len(groups_per_scale) - 1)
         height, width = (-(-size // factor) for size in shape[1:])  # of the top, rounded up
         top, left = ((n * factor - size) // 2 for n, size in zip((height, width), shape[1:], strict=True))
         self.padding = (left, width * factor - shape[2] - left, top, height * factor - shape[1] - top)
+        bottom = channels * 2**halvings
+        widths = [
+            bottom * 2**i for i in reversed(range(len(groups_per_scale)))
+        ]  # channels of every scale, from the top
 
-        # bottom up: the image's blocks, then the groups' cells, from the last group to the first
         self.stem = WeightNormConv2d(shape[0], channels, 3)
-        wide, preprocess = channels, []
-        for _ in range(halvings):
-            preprocess += [BottomUpCell(wide) for _ in range(preprocess_cells - 1)] + [BottomUpCell(wide, down=True)]
-            wide *= 2
-        self.preprocess = Cells(*preprocess)
-        towers: list[Cells] = []
-        for scale in range(scales, 0, -1):
-            for number in range(groups_per_scale[scale - 1]):
-                down = [BottomUpCell(wide // 2, down=True)] if number == 0 and scale < scales else []
-                towers.append(Cells(*down, *(BottomUpCell(wide) for _ in range(encoder_cells))))
-            wide *= 2 if scale > 1 else 1
-        self.encoder = nn.ModuleList(towers)
-        self.encoder_top = nn.Sequential(nn.ELU(), WeightNormConv2d(wide, wide, 1), nn.ELU())
+        self.preprocess = Cells(*_halving_blocks(channels, halvings, preprocess_cells))
+        self.encoder = nn.ModuleList(_encoder_towers(widths, groups_per_scale, encoder_cells))
+        self.encoder_top = nn.Sequential(nn.ELU(), WeightNormConv2d(widths[0], widths[0], 1), nn.ELU())
 
-        # top down: the groups, then the image's blocks
-        self.top = nn.Parameter(torch.rand(wide, height, width))
-        levels: list[Level] = []
-        groups: list[Group] = []
-        for scale, count in enumerate(groups_per_scale, 1):
-            for number in range(count):
-                up = [TopDownCell(2 * wide, 6, up=True)] if number == 0 and scale > 1 else []
-                cells = [TopDownCell(wide, 6) for _ in range(decoder_cells)] if groups else []
-                levels.append(Level(wide, latent_channels, Cells(*up, *cells), flows, first=not groups))
-                size = (height * 2 ** (scale - 1), width * 2 ** (scale - 1))
-                context = (wide, *size) if groups else None
-                groups.append(Group((latent_channels, *size), context, scale))
-            wide //= 2 if scale < scales else 1
-        self.levels = nn.ModuleList(levels)  # type: ignore[assignment]
-        self.groups = tuple(groups)
-        postprocess: list[nn.Module] = []
-        for _ in range(halvings):
-            postprocess += [TopDownCell(wide, 3, up=True)]
-            wide //= 2
-            postprocess += [TopDownCell(wide, 3) for _ in range(postprocess_cells - 1)]
-        self.postprocess = Cells(*postprocess)
+        self.groups = _groups(widths, groups_per_scale, latent_channels, (height, width))
+        self.top = nn.Parameter(torch.rand(widths[0], height, width))
+        self.levels = nn.ModuleList(_levels(widths, self.groups, decoder_cells, flows))  # type: ignore[assignment]
+        self.postprocess = Cells(*_doubling_blocks(bottom, halvings, postprocess_cells))
         parameters = self.likelihood.parameter_channels(shape[0])  # type: ignore[operator]
-        self.head = nn.Sequential(nn.ELU(), WeightNormConv2d(wide, parameters, 3))
+        self.head = nn.Sequential(nn.ELU(), WeightNormConv2d(channels, parameters, 3))
 
     @property
     def recompute(self) -> bool:
@@ -164,10 +132,11 @@ class NVAE(Pretrained):
         if context is not None:
             feature = feature + level.see(context)
         mean, log_std = full_precision(level.posterior(feature)).chunk(2, dim=1)
-        if self.residual and isinstance(base, SoftClampedNormal):
+        normal = SoftClampedNormal(mean, log_std, 3)
+        if self.residual and k > 0:
+            if not isinstance(base, SoftClampedNormal):
+                raise TypeError(f"NVAE: base of group {k + 1} must be the walk's own, got {type(base).__name__}")
             normal = base.residual(mean, log_std)
-        else:
-            normal = SoftClampedNormal(mean, log_std, 3)
         if not level.flows:
             return normal
         return TransformedDistribution(normal, [AutoregressiveFlow(shift) for shift in level.flows])
@@ -203,6 +172,63 @@ def _check_counts(counts: dict[str, int], minimum: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"NVAE: {name} must be an integer ≥ {minimum}, got {value!r}")
+
+
+def _check_sizes(shape: Sequence[int], groups_per_scale: Sequence[int], channels: int, halvings: int) -> None:
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"NVAE: shape must be (C, H, W), each ≥ 1, got {tuple(shape)}")
+    if not groups_per_scale or min(groups_per_scale) < 1:
+        raise ValueError(f"NVAE: groups_per_scale must be a number ≥ 1 for each scale, got {tuple(groups_per_scale)}")
+    reductions = halvings + len(groups_per_scale) - 1
+    if reductions and channels % 2:
+        raise ValueError(f"NVAE: channels must be even for {reductions} factorised reductions, got {channels}")
+
+
+def _halving_blocks(channels: int, blocks: int, cells: int) -> Iterator[nn.Module]:
+    """Preprocessing: the last cell of every block doubles the channels and halves the size."""
+    for block in range(blocks):
+        for number in range(cells):
+            yield BottomUpCell(channels * 2**block, down=number == cells - 1)
+
+
+def _doubling_blocks(channels: int, blocks: int, cells: int) -> Iterator[nn.Module]:
+    """Postprocessing: the first cell of every block halves the channels and doubles the size."""
+    for block in range(blocks):
+        for number in range(cells):
+            yield TopDownCell(channels // 2 ** (block + (number > 0)), 3, up=number == 0)
+
+
+def _encoder_towers(widths: Sequence[int], groups_per_scale: Sequence[int], cells: int) -> Iterator[Cells]:
+    """The cells before the feature of each group, from the bottom; the first of a further scale reduces."""
+    for scale in reversed(range(len(widths))):
+        for number in range(groups_per_scale[scale]):
+            reduce = number == 0 and scale < len(widths) - 1
+            down = [BottomUpCell(widths[scale + 1], down=True)] if reduce else []
+            yield Cells(*down, *(BottomUpCell(widths[scale]) for _ in range(cells)))
+
+
+def _groups(
+    widths: Sequence[int], groups_per_scale: Sequence[int], latent_channels: int, top: tuple[int, int]
+) -> tuple[Group, ...]:
+    """Shapes of all groups, from the top, where height and width are `top`."""
+    groups: list[Group] = []
+    for scale, count in enumerate(groups_per_scale):
+        size = (top[0] * 2**scale, top[1] * 2**scale)
+        for _ in range(count):
+            context = (widths[scale], *size) if groups else None
+            groups.append(Group((latent_channels, *size), context, scale + 1))
+    return tuple(groups)
+
+
+def _levels(widths: Sequence[int], groups: Sequence[Group], cells: int, flows: int) -> Iterator["Level"]:
+    """The networks of all groups, from the top; cells that begin a further scale double the size."""
+    before = groups[0]
+    for group in groups:
+        wide, first = widths[group.scale - 1], group is groups[0]
+        up = [TopDownCell(2 * wide, 6, up=True)] if group.scale > before.scale else []
+        own = [] if first else [TopDownCell(wide, 6) for _ in range(cells)]
+        yield Level(wide, group.shape[0], Cells(*up, *own), flows, first)
+        before = group
 
 
 class Level(nn.Module):
