@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from processes import run_processes
 from torch import nn
 from torch.distributions import Normal, TransformedDistribution
 
@@ -299,6 +300,8 @@ def test_batch_norm_is_torchs_where_there_is_one_process():
     ours, theirs = BatchNorm(3), nn.BatchNorm2d(3, momentum=0.05)
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.running_var, theirs.running_var)
+    torch.testing.assert_close(nn.SyncBatchNorm.forward(ours, x), theirs(x), msg="what it does on a GPU")
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
@@ -436,6 +439,21 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     fit(resumed, 4, every_two, folder=tmp_path, resume=first)
     for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
+
+
+def three_steps(accumulation):
+    model = small()
+    model.recompute = accumulation == 1
+    loss = HierarchicalLoss(model)
+    options = {"steps": 3, "lr": 1e-2, "progress": False, "execution": Execution(gradient_accumulation=accumulation)}
+    train(loss, lambda x: loss(x, 0.5), [bars(16) for _ in range(3)], **options)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_two_processes_do_what_one_does_in_two_parts():
+    one, two = run_processes(three_steps, 2, 1)
+    assert torch.equal(one, two)
+    torch.testing.assert_close(three_steps(2), one, rtol=1e-3, atol=1e-4)
 
 
 def test_a_copys_norms_are_those_of_its_own_convolutions():

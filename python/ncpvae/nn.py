@@ -137,15 +137,23 @@ class ResidualCell(nn.Module):
         return self.skip(x) + self.residual(x)
 
 
-class BatchNorm(nn.SyncBatchNorm):
-    """BatchNorm with NVAE's momentum, over the batch of all processes where they compute on GPUs."""
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm with NVAE's momentum, over the batch of all processes where they compute on GPUs.
+
+    It does what `nn.SyncBatchNorm` does, without being one: DDP on CPUs, where each process has statistics of its own,
+    refuses a model that has any.
+    """
+
+    process_group = None  # all of them
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-5, momentum=0.05)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's refuses a CPU among several processes: there each has statistics of its own
-        return super().forward(x) if x.is_cuda else _BatchNorm.forward(self, x)
+        if x.is_cuda:
+            return nn.SyncBatchNorm.forward(self, x)  # type: ignore[arg-type]
+        return super().forward(x)
 
 
 class WeightNormConv2d(nn.Conv2d):
