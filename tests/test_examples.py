@@ -9,9 +9,15 @@ import pytest
 import torch
 
 from ncpvae import data
+from ncpvae.hierarchy import Given, HierarchicalVAE, infer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-NEEDS = {"diffusers_autoencoder_kl": "diffusers", "pythae_vae": "pythae", "two_callables": "torch"}
+NEEDS = {
+    "diffusers_autoencoder_kl": "diffusers",
+    "ladder_vae": "torch",
+    "pythae_vae": "pythae",
+    "two_callables": "torch",
+}
 
 
 def load(name: str):
@@ -62,6 +68,25 @@ def test_diffusers_autoencoder_kl(run, tmp_path):
     for name in ("N(0, I)", "channel-wise Gaussian"):
         assert figures[name]["JSD(q, base)"] <= math.log(2) and 1 <= figures[name]["ESS of SIR"] <= 50
         assert math.isfinite(figures[name]["−log p(x), NCP"])
+
+
+def test_ladder_vae(run):
+    figures = run("ladder_vae", steps=4)
+    assert figures["loss"] == pytest.approx(figures["reconstruction"] + figures["kl"], rel=1e-5)
+    assert all(figures[f"kl of group {k}"] > 0 for k in (1, 2, 3)) and figures["loss"] < 28 * 28
+
+
+def test_the_ladders_posterior_is_the_product_of_base_and_evidence():
+    ladder = load("ladder_vae").LadderVAE(9, dims=(2, 3), width=4).eval()
+    assert isinstance(ladder, HierarchicalVAE)
+    likelihood, path = infer(ladder, torch.rand(5, 9).round())
+    evidence = ladder.encode(torch.rand(5, 9).round())
+    base = path.bases[1]
+    product = ladder.posterior(1, base, None, evidence)
+    z = torch.randn(2, 5, 3)
+    both = base.log_prob(z) + evidence[1].log_prob(z) - product.log_prob(z)
+    torch.testing.assert_close(both[0], both[1], msg="log p + log q̂ − log q was to be a constant in z")
+    torch.testing.assert_close(ladder.walk(Given(path.z), 5).mean, likelihood.mean)
 
 
 def test_pythae_vae(run):

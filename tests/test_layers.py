@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "python" / "ncpvae"
 LAYERS = [
     "ops distributions nn _random _files _distributed _tokens pretrained _description",
-    "vae nvae text_vae pixelcnn classifiers critics info",
+    "hierarchy vae nvae text_vae pixelcnn classifiers critics info",
     "samplers",
     "sharding",
     "priors",  # a prior's default sampler comes from samplers, never the other way round

@@ -21,6 +21,9 @@ from torch.distributions import Distribution, Independent
 
 import ncpvae
 from ncpvae import _description
+from ncpvae.distributions import LogisticMixtureLikelihood, PixelNormalLikelihood
+from ncpvae.hierarchy import Given
+from ncpvae.nvae import NVAE
 from ncpvae.pixelcnn import PixelCNNLikelihood
 from ncpvae.pretrained import PartNeeded, Pretrained
 from ncpvae.text_vae import LatentContext, TextEncoder, TextLikelihood, text_vae
@@ -59,12 +62,23 @@ FAMILY = {
     "ConvEncoder": (lambda: ncpvae.ConvEncoder((1, 8, 8), (4,), 3, input_mean=torch.rand(8, 8)), lambda m: m(X8)),
     "MLPDecoder": (lambda: ncpvae.MLPDecoder(3, (), torch.Size((2, 2))), lambda m: m(Z)),
     "ConvDecoder": (lambda: ncpvae.ConvDecoder(3, (4, 4), (3, 4, 6)), lambda m: m(Z)),
+    "StackedConvEncoder": (lambda: ncpvae.StackedConvEncoder((1, 8, 8), ((2, 3, 2),), 3), lambda m: m(X8)),
+    "StackedConvDecoder": (lambda: ncpvae.StackedConvDecoder(3, ((2, 3, 2),), (1, 8, 8)), lambda m: m(Z)),
     "BernoulliLikelihood": (ncpvae.BernoulliLikelihood, lambda m: m(Z, 1)),
     "BinomialLikelihood": (lambda: ncpvae.BinomialLikelihood(16), lambda m: m(Z, 1)),
     "NormalLikelihood": (lambda: ncpvae.NormalLikelihood(0.2), lambda m: m(Z, 1)),
     "PixelCNNLikelihood": (
         lambda: PixelCNNLikelihood(2, 3, range(5, 0, -2)),
         lambda m: m(MAPS, 3).log_prob((MAPS[:, :1] > 0).float()),
+    ),
+    "PixelNormalLikelihood": (PixelNormalLikelihood, lambda m: m(MAPS, 3)),
+    "LogisticMixtureLikelihood": (
+        lambda: LogisticMixtureLikelihood(1, bits=5),
+        lambda m: m(MAPS[:, [0, 1, 0]], 3).mean,
+    ),
+    "NVAE": (
+        lambda: NVAE((1, 6, 7), channels=2, groups_per_scale=(2, 1), latent_channels=1, halvings=1, flows=1),
+        lambda m: m.walk(Given([torch.ones(2, *group.shape) for group in m.groups]), 2),
     ),
     "NormalLikelihood, learned": (lambda: ncpvae.NormalLikelihood(0.2, True), lambda m: m(Z, 1)),
     "TextEncoder": (lambda: TextEncoder(7, 4, 5, 3), lambda m: m(TEXT)),

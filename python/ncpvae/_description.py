@@ -28,13 +28,17 @@ from torch.overrides import TorchFunctionMode
 
 #: the classes that a description may name, by the module they are in
 CLASSES = {
+    "nvae": ("NVAE",),
     "vae": (
         *("VAE", "GaussianEncoder", "MLPEncoder", "MLPDecoder", "ConvEncoder", "ConvDecoder"),
         *("StackedConvEncoder", "StackedConvDecoder"),
     ),
     "text_vae": ("TextEncoder", "LatentContext", "TextLikelihood"),
     "pixelcnn": ("PixelCNNLikelihood",),
-    "distributions": ("BernoulliLikelihood", "BinomialLikelihood", "NormalLikelihood"),
+    "distributions": (
+        *("BernoulliLikelihood", "BinomialLikelihood", "NormalLikelihood"),
+        *("PixelNormalLikelihood", "LogisticMixtureLikelihood"),
+    ),
     "classifiers": ("MLPClassifier", "ResidualClassifier"),
     "priors": ("Normal", "GaussianMixture", "NoiseContrastivePrior"),
     "metrics": ("FeatureClassifier",),

@@ -1,18 +1,23 @@
-"""Network parts: multilayer perceptrons and the residual cells of the NCP-VAE paper's Figure 5.
+"""Network parts: multilayer perceptrons, the residual cells of the NCP-VAE paper's Figure 5, and those of NVAE.
 
 `fused(module)` is the same function in a form that is faster to evaluate without gradients.
-Letters: B batch, C channels, H and W height and width.
+Letters: B batch, C channels, H and W height and width. NVAE: Vahdat and Kautz, "NVAE: a deep hierarchical variational
+autoencoder", NeurIPS 2020.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 M = TypeVar("M", bound=nn.Module)
 BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
@@ -83,16 +88,17 @@ class FactorizedReduction(nn.Module):
 
     Args:
         in_channels, out_channels: C before and after; out_channels must be a multiple of 4.
+        convolution: their class.
 
     Raises:
         ValueError: for an odd height or width, which has no such quarters.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, convolution: type[nn.Conv2d] = nn.Conv2d):
         super().__init__()
         if out_channels % 4:
             raise ValueError(f"FactorizedReduction: out_channels must be a multiple of 4, got {out_channels}")
-        self.quarters = nn.ModuleList(nn.Conv2d(in_channels, out_channels // 4, 1, stride=2) for _ in range(4))
+        self.quarters = nn.ModuleList(convolution(in_channels, out_channels // 4, 1, stride=2) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] % 2 or x.shape[3] % 2:
@@ -129,6 +135,206 @@ class ResidualCell(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.skip(x) + self.residual(x)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm with NVAE's momentum, over the batch of all processes where they compute on GPUs.
+
+    It does what `nn.SyncBatchNorm` does, without being one: DDP on CPUs, where each process has statistics of its own,
+    refuses a model that has any.
+    """
+
+    process_group = None  # all of them
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-5, momentum=0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return nn.SyncBatchNorm.forward(self, x)  # type: ignore[arg-type]
+        return super().forward(x)
+
+
+class WeightNormConv2d(nn.Conv2d):
+    """A convolution with kernels e^s·w / (‖w‖ + 1e-5), s being learned for each output channel: NVAE's weight norm.
+
+    Source: Salimans and Kingma, "Weight normalization", NeurIPS 2016. The input is padded so that stride 1 keeps H × W.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, groups: as in `nn.Conv2d`; kernel_size is odd.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups)
+        self.log_scale = nn.Parameter(torch.log(self._norm(self.weight.detach()) + 1e-2))
+
+    @staticmethod
+    def _norm(weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+
+    def effective_weight(self) -> Tensor:
+        """The kernels [C_out, C_in / groups, k, k] that x is convolved with."""
+        return self.log_scale.exp() * self.weight / (self._norm(self.weight) + 1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.effective_weight(), self.bias)
+
+
+class BottomUpCell(nn.Module):
+    """NVAE's residual cell of the encoder: x + 0.1·SE(3×3(swish(BN(3×3(swish(BN(x))))))).
+
+    With `down` it doubles C and halves H and W, the skip connection being a factorised reduction. Convolutions are
+    weight-normed.
+    """
+
+    def __init__(self, channels: int, down: bool = False):
+        super().__init__()
+        out = 2 * channels if down else channels
+        self.residual = nn.Sequential(
+            BatchNorm(channels),
+            nn.SiLU(),
+            WeightNormConv2d(channels, out, 3, stride=2 if down else 1),
+            BatchNorm(out),
+            nn.SiLU(),
+            WeightNormConv2d(out, out, 3),
+            SqueezeExcitation(out),
+        )
+        self.skip = FactorizedReduction(channels, out, WeightNormConv2d) if down else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + 0.1 * self.residual(x)
+
+
+class TopDownCell(nn.Module):
+    """NVAE's residual cell of the decoder: an inverted residual, wide inside, with a 5×5 depthwise convolution.
+
+    BN, 1×1 to expand·C, BN, swish, depthwise 5×5, BN, swish, 1×1, BN, squeeze-excitation; times 0.1, plus x. With `up`
+    it halves C and doubles H and W, by nearest neighbours before the branch and bilinearly in the skip connection.
+    """
+
+    def __init__(self, channels: int, expand: int, up: bool = False):
+        super().__init__()
+        out, hidden = channels // 2 if up else channels, expand * channels
+        self.residual = nn.Sequential(
+            nn.Upsample(scale_factor=2) if up else nn.Identity(),
+            BatchNorm(channels),
+            nn.Conv2d(channels, hidden, 1, bias=False),
+            BatchNorm(hidden),
+            nn.SiLU(),
+            nn.Conv2d(hidden, hidden, 5, padding=2, groups=hidden, bias=False),
+            BatchNorm(hidden),
+            nn.SiLU(),
+            nn.Conv2d(hidden, out, 1, bias=False),
+            BatchNorm(out),
+            SqueezeExcitation(out),
+        )
+        self.skip: nn.Module = nn.Identity()
+        if up:
+            self.skip = nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), WeightNormConv2d(channels, out, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + 0.1 * self.residual(x)
+
+
+class Cells(nn.Sequential):
+    """Cells one after another; where `recompute` is set, backward computes their activations again to save memory.
+
+    Memory is then that of the cells' outputs and of one cell's inside; BatchNorm's running statistics see a batch once.
+    """
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for cell in self:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(
+                    cell,
+                    x,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=partial(_recomputing, cell),
+                )
+            else:
+                x = cell(x)
+        return x
+
+
+def _recomputing(cell: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What surrounds a cell in the forward pass, and when it is computed again."""
+    return nullcontext(), _without_statistics(cell)
+
+
+@contextmanager
+def _without_statistics(module: nn.Module) -> Iterator[None]:
+    """Within the block BatchNorm normalises as before, but keeps no account of what it has seen."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, (_, count) in zip(norms, kept, strict=True):
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+class SpectralNorms(nn.Module):
+    """The largest singular values of a network's convolutions, by power iteration that goes on from call to call.
+
+    A kernel is the matrix [C_out, C_in·k·k / groups]; those of one shape are worked on together.
+
+    Args:
+        network: its `nn.Conv2d` are looked at; it is no part of this module.
+        iterations: in each call; there are 40 at the start.
+
+    Source: Yoshida and Miyato, "Spectral norm regularization for improving the generalizability of deep learning",
+    2017; NVAE, section 3.2.
+    """
+
+    def __init__(self, network: nn.Module, iterations: int = 4):
+        super().__init__()
+        self.iterations = iterations
+        by_shape: dict[torch.Size, list[nn.Conv2d]] = {}
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):
+                by_shape.setdefault(layer.weight.flatten(1).shape, []).append(layer)
+        if not by_shape:
+            raise ValueError("SpectralNorms: network must have convolutions, got none")
+        self._layers = tuple(by_shape.values())  # in a tuple, so that they are not this module's
+        generator = torch.Generator().manual_seed(0)
+        for number, (shape, layers) in enumerate(by_shape.items()):
+            start = torch.randn(len(layers), shape[0], generator=generator)
+            self.register_buffer(f"left_{number}", F.normalize(start, dim=1).to(layers[0].weight.device))
+        with torch.no_grad():
+            self._iterate(40)
+
+    def forward(self) -> Tensor:
+        """Σ σ_max over all convolutions, 0-dimensional; the gradient is that for fixed singular vectors."""
+        with torch.autocast(next(self.buffers()).device.type, enabled=False):
+            return torch.stack(self._iterate(self.iterations)).sum()
+
+    def _iterate(self, iterations: int) -> list[Tensor]:
+        sums = []
+        for number, layers in enumerate(self._layers):
+            matrices = torch.stack([_kernel(layer).flatten(1) for layer in layers])  # [n, rows, columns]
+            left, fixed = getattr(self, f"left_{number}"), matrices.detach()
+            for _ in range(iterations):
+                right = F.normalize(torch.einsum("nrc,nr->nc", fixed, left), dim=1)
+                left = F.normalize(torch.einsum("nrc,nc->nr", fixed, right), dim=1)
+            getattr(self, f"left_{number}").copy_(left)
+            sums.append(torch.einsum("nr,nrc,nc->", left, matrices, right))
+        return sums
+
+
+def _kernel(layer: nn.Conv2d) -> Tensor:
+    return layer.effective_weight() if isinstance(layer, WeightNormConv2d) else layer.weight
+
+
+def batch_norm_scales(network: nn.Module) -> Tensor:
+    """Σ max |γ| over the network's BatchNorm layers, 0-dimensional: the other half of NVAE's regularisation."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.weight is not None]
+    return torch.stack([norm.weight.abs().amax() for norm in norms]).sum() if norms else torch.zeros(())
 
 
 class PackedLinear(nn.Module):
