@@ -7,7 +7,17 @@ logit is log r. See `NoiseContrastivePrior`, `fit_ncp`, `SIR` and `Langevin`.
 from . import adapters, metrics, objectives, ops
 from .classifiers import MLPClassifier, ResidualClassifier
 from .critics import Critic, HybridCritic, NeuralCritic, SelfCritic
-from .distributions import BernoulliLikelihood, BinomialLikelihood, DiagonalMixture, NormalLikelihood, temper
+from .distributions import (
+    BernoulliLikelihood,
+    BinomialLikelihood,
+    DiagonalMixture,
+    LogisticMixtureLikelihood,
+    NormalLikelihood,
+    PixelNormalLikelihood,
+    temper,
+)
+from .hierarchy import HierarchicalLoss
+from .nvae import NVAE
 from .objectives import VAELoss
 from .pixelcnn import PixelCNNLikelihood
 from .pretrained import Pretrained
@@ -40,6 +50,7 @@ from .vae import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "NVAE",
     "SIR",
     "VAE",
     "BernoulliLikelihood",
@@ -53,9 +64,11 @@ __all__ = [
     "Execution",
     "GaussianEncoder",
     "GaussianMixture",
+    "HierarchicalLoss",
     "HybridCritic",
     "Langevin",
     "LogNormalizer",
+    "LogisticMixtureLikelihood",
     "MLPClassifier",
     "MLPDecoder",
     "MLPEncoder",
@@ -66,6 +79,7 @@ __all__ = [
     "Normal",
     "NormalLikelihood",
     "PixelCNNLikelihood",
+    "PixelNormalLikelihood",
     "Pretrained",
     "ResidualClassifier",
     "SampleResult",
