@@ -2,8 +2,8 @@
 
     python benchmarks/critics_plot.py benchmarks/results/critics-toy.json docs/pictures/critics-toy.png
 
-One panel for each of likelihood, density and coverage over the mutual information: an arrow for each seed leads from the
-VAE's own prior to the noise contrastive one.
+One panel for each of likelihood, density and coverage over the mutual information: an arrow for each seed leads from
+the VAE's own prior to the noise contrastive one.
 """
 
 import json
