@@ -468,16 +468,17 @@ def test_stage_two_learns_the_known_ratios_and_mends_the_prior():
 @pytest.mark.parametrize("patience", [None, 2])
 def test_all_groups_at_once_are_the_groups_one_by_one_bit_for_bit(patience):
     together, apart = untrained(0.2), untrained(0.2)
-    joint = fit(together, steps=60, patience=patience, lr=0.05)
+    setting = {"steps": 60, "validate_every": 3, "patience": patience, "lr": 0.2, "schedule": "constant"}
+    joint = fit(together, **setting)
     for k in range(2):
-        alone = fit(apart, steps=60, patience=patience, lr=0.05, groups=[k])
+        alone = fit(apart, groups=[k], **setting)
         assert alone.groups == [k] and alone.loss == joint.loss[k : k + 1]
         assert alone.best_step == joint.best_step[k : k + 1]
         assert torch.equal(weights(together, k), weights(apart, k))
     assert joint.best_step[0] != joint.best_step[1], "each group has its own best weights"
     assert torch.equal(together.jsd, apart.jsd)
     other = untrained(0.2)
-    fit(other, steps=60, patience=patience, lr=0.05, seed=1)
+    fit(other, seed=1, **setting)
     assert not torch.equal(weights(together, 0), weights(other, 0))
 
 
@@ -566,6 +567,10 @@ def in_two(folder):
     measures = hierarchical_log_normalizer(known(), 100, repeats=3, block_size=16, distributed=True).value
     nll = hierarchical_nll(known(), DATA[:30], 4, num_proposals=8, batch_size=8, distributed=True)["snis"].nll
     blocks = [(first, draw.z[1]) for first, draw in known().draw_blocks(10, SIR(64), block_size=4)]
+    with pytest.raises((TrainingDiverged, RuntimeError)) as raised:
+        diverging = HierarchicalNCP(TwoGroups(), [MLPClassifier(2), Diverging(2, (8,), context_features=2)])
+        fit(diverging, shard_groups=True)
+    assert "loss term 'nce' is nan ('nce_2' too)" in str(raised.value)
     return groups.loss, [weights(by_groups, k) for k in range(2)], rows.loss, weights(by_rows, 1), measures, nll, blocks
 
 

@@ -254,7 +254,7 @@ class _Stage(nn.Module):
         with torch.no_grad():
             contrast = Contrast(Posterior(prior.vae, prior.vae.encode(x)))
             walk_groups(prior.vae, contrast, len(x))  # to the lowest, so that all draw alike whatever the groups
-            seed = int(torch.randint(1 << 62, ()))
+        seed = torch.initial_seed()  # the loop's, of this step and shard
         logits = []
         for k in self.groups:
             base, context, q, p = contrast.pairs[k]
