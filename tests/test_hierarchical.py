@@ -9,13 +9,13 @@ from processes import run_processes
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ncpvae import SIR, Langevin, MLPClassifier, NoiseContrastivePrior, Normal, Pretrained, ResidualClassifier
+from ncpvae import SIR, Langevin, MLPClassifier, NoiseContrastivePrior, Normal, Pretrained
 from ncpvae.distributions import SoftClampedNormal, diagonal_normal
 from ncpvae.hierarchy import Ancestral, Given, Group, Posterior, walk_groups
 from ncpvae.metrics import conditional_log_normalizers, hierarchical_log_normalizer, hierarchical_nll
 from ncpvae.nvae import NVAE
 from ncpvae.objectives import nce
-from ncpvae.priors import HierarchicalNCP, Reweighted
+from ncpvae.priors import HierarchicalNCP, Reweighted, group_classifiers
 from ncpvae.train import Execution, TrainingDiverged, fit_hierarchical_ncp
 
 MIX = torch.tensor([[0.8, -0.5], [0.3, 0.6]])
@@ -238,17 +238,9 @@ def small_nvae() -> NVAE:
     return model.eval()
 
 
-def convolutional(vae: NVAE) -> list[nn.Module]:
-    contexts = [group.context_shape[0] if group.context_shape else 0 for group in vae.groups]
-    return [
-        ResidualClassifier(group.shape[0], 4, context, blocks=1)
-        for group, context in zip(vae.groups, contexts, strict=True)
-    ]
-
-
 def nvae_prior() -> HierarchicalNCP:
     vae = small_nvae()
-    return HierarchicalNCP(vae, convolutional(vae))
+    return HierarchicalNCP(vae, group_classifiers(vae, 4, 1))
 
 
 @pytest.mark.parametrize("sampler", [SIR(3000), Langevin(5, 1e-3), Langevin(5, 1e-3, space="epsilon")])
@@ -262,14 +254,14 @@ def test_the_context_is_convolved_once_for_each_group(sampler):
 
 
 def test_a_remembered_context_changes_neither_the_ratio_nor_its_gradient():
-    classifier = convolutional(small_nvae())[1].eval()
+    classifier = group_classifiers(small_nvae(), 4, 1)[1].eval()
     z, context = torch.randn(2, 3, 2, 8, 8, requires_grad=True), torch.randn(2, classifier.context_channels, 8, 8)
     values = []
     for form in (classifier, classifier.remembering()):
         total = form(z, context).sum()
         values.append((total.detach(), torch.autograd.grad(total, z)[0]))
     torch.testing.assert_close(values[0], values[1])
-    assert convolutional(small_nvae())[0].remembering().context_stem is None
+    assert group_classifiers(small_nvae(), 4, 1)[0].remembering().context_stem is None
 
 
 def test_proposals_of_nvaes_own_normal_are_of_that_normal():
@@ -293,6 +285,25 @@ def test_it_is_saved_and_loaded_with_all_its_parts(tmp_path):
     assert isinstance(loaded, HierarchicalNCP) and loaded.flat == {1} and loaded.protocol == {"steps": 3}
     for a, b in zip(prior.draw(2, SIR(64), generator=0).z, loaded.draw(2, SIR(64), generator=0).z, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_classifier_of_ones_own_is_handed_in_when_it_is_loaded(tmp_path):
+    vae = small_nvae()
+    classifiers = [*group_classifiers(vae, 4, 1)[:2], ConstantRatio()]
+    HierarchicalNCP(vae, classifiers).save_pretrained(tmp_path / "prior")
+    with pytest.raises(ValueError, match=r"its classifiers\.2 is of the class 'ConstantRatio'"):
+        HierarchicalNCP.from_pretrained(tmp_path / "prior")
+    own = ConstantRatio()
+    assert HierarchicalNCP.from_pretrained(tmp_path / "prior", **{"classifiers.2": own}).classifiers[2] is own
+
+
+def test_classifiers_are_made_for_maps_and_vectors():
+    prior = HierarchicalNCP(TwoGroups(), group_classifiers(TwoGroups(), hidden=(4,)))
+    assert [len(z) for z in prior.draw(3, SIR(8)).z] == [3, 3]
+    model = TwoGroups()
+    model.groups = (Group((2, 2), None),)
+    with pytest.raises(ValueError, match=r"group 1 of 1 must have the shape \[C, H, W\] or \[D\], got \[2, 2\]"):
+        group_classifiers(model)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +340,7 @@ def test_what_does_not_fit_is_named(call, error, message):
 def nvae_odd() -> HierarchicalNCP:
     """Maps of 6×6, which cannot be halved twice."""
     vae = NVAE((1, 6, 6), channels=2, groups_per_scale=(1,), latent_channels=2, halvings=0)
-    return HierarchicalNCP(vae, convolutional(vae))
+    return HierarchicalNCP(vae, group_classifiers(vae, 4, 1))
 
 
 # --- likelihood -----------------------------------------------------------------------------------------------------
@@ -507,7 +518,7 @@ def test_the_walk_leaves_the_vae_as_it_was_and_needs_no_image():
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     calls = []
     vae.postprocess.register_forward_hook(lambda *_: calls.append(None))
-    prior = HierarchicalNCP(vae, convolutional(vae))
+    prior = HierarchicalNCP(vae, group_classifiers(vae, 4, 1))
     images = torch.rand(40, 1, 16, 16).round()
     result = fit_hierarchical_ncp(prior, images, steps=2, batch_size=8, progress=False)
     assert len(result.loss) == 3 and not calls

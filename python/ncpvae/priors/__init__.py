@@ -1,7 +1,7 @@
 """Priors: modules whose `forward(context=None)` returns a torch Distribution over z."""
 
 from .gaussian_mixture import GaussianMixture
-from .hierarchical import HierarchicalDraw, HierarchicalNCP, Reweighted
+from .hierarchical import HierarchicalDraw, HierarchicalNCP, Reweighted, group_classifiers
 from .noise_contrastive import LogNormalizer, NoiseContrastive, NoiseContrastivePrior
 from .normal import Normal
 
@@ -14,4 +14,5 @@ __all__ = [
     "NoiseContrastivePrior",
     "Normal",
     "Reweighted",
+    "group_classifiers",
 ]

@@ -19,11 +19,37 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
 from .. import _distributed, _random
+from ..classifiers import MLPClassifier, ResidualClassifier
 from ..distributions import SoftClampedNormal, temper
 from ..hierarchy import Group, HierarchicalVAE
 from ..pretrained import Pretrained
 from ..samplers import SIR, Diagnostics, Sampler
 from .noise_contrastive import NoiseContrastive
+
+
+def group_classifiers(
+    vae: HierarchicalVAE, channels: int = 64, blocks: int = 3, hidden: Sequence[int] = (256, 256, 256)
+) -> list[nn.Module]:
+    """A classifier for each group: the paper's for feature maps [C, H, W], a fully connected one for vectors [D].
+
+    Args:
+        vae: whose groups tell the shapes of z_k and of the context.
+        channels, blocks: see `ResidualClassifier`; the paper does not state its width.
+        hidden: see `MLPClassifier`.
+    """
+    classifiers: list[nn.Module] = []
+    for k, group in enumerate(vae.groups):
+        context = group.context_shape[0] if group.context_shape else 0
+        if len(group.shape) == 3:
+            classifiers.append(ResidualClassifier(group.shape[0], channels, context, blocks))
+        elif len(group.shape) == 1:
+            classifiers.append(MLPClassifier(group.shape[0], hidden, context_features=context))
+        else:
+            raise ValueError(
+                f"group_classifiers: group {k + 1} of {len(vae.groups)} must have the shape [C, H, W] or [D], got "
+                f"{list(group.shape)}"
+            )
+    return classifiers
 
 
 class HierarchicalDraw(NamedTuple):
@@ -57,11 +83,7 @@ class HierarchicalNCP(Pretrained):
 
     Example:
         >>> vae = NVAE((1, 16, 16), channels=4, groups_per_scale=(2,), latent_channels=2, halvings=1)
-        >>> classifiers = [
-        ...     ResidualClassifier(g.shape[0], 8, context_channels=g.context_shape[0] if g.context_shape else 0)
-        ...     for g in vae.groups
-        ... ]
-        >>> draw = HierarchicalNCP(vae, classifiers).draw(4, SIR(num_proposals=100))
+        >>> draw = HierarchicalNCP(vae, group_classifiers(vae, channels=8)).draw(4, SIR(num_proposals=100))
         >>> draw.likelihood.mean.shape
         torch.Size([4, 1, 16, 16])
 
