@@ -537,6 +537,8 @@ class Diverging(MLPClassifier):
         (lambda: fit_hierarchical_ncp(None, DATA), TypeError, "prior must be a HierarchicalNCP, got NoneType"),
         (lambda: fit(known()), ValueError, "the classifier of group 1 of 2 must have parameters to train"),
         (lambda: fit(untrained(), groups=[2]), ValueError, "groups must be different numbers of 0 … 1, got [2]"),
+        (lambda: fit(untrained(), steps=0), ValueError, "fit_hierarchical_ncp: steps must be ≥ 1, got 0"),
+        (lambda: fit(untrained(), patience=0), ValueError, "fit_hierarchical_ncp: patience must be ≥ 1, got 0"),
         (lambda: fit(untrained(), groups=[]), ValueError, "groups must be different numbers of 0 … 1, got []"),
         (lambda: fit(untrained(), validation_fraction=1.0), ValueError, "validation_fraction must be between 0 and 1"),
         (
@@ -574,6 +576,7 @@ def test_an_easy_group_is_warned_of():
 def in_two(folder):
     by_groups, by_rows = untrained(0.2), untrained()
     groups = fit(by_groups, shard_groups=True, folder=folder)
+    assert fit(untrained(0.2), shard_groups=True, folder=folder, resume="auto").loss == groups.loss
     rows = fit(by_rows)
     measures = hierarchical_log_normalizer(known(), 100, repeats=3, block_size=16, distributed=True).value
     nll = hierarchical_nll(known(), DATA[:30], 4, num_proposals=8, batch_size=8, distributed=True)["snis"].nll

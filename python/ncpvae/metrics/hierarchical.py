@@ -265,7 +265,7 @@ class _Weighing:
         if k in self._flat:
             return z
         with naming_group(self.prior.groups, k), _random.scoped(_random.derived_seed(self.seed, k)):
-            distribution = self.prior.conditional(k, base, context).fused()
+            distribution = self.prior.conditional(k, base, context)
             log_r = distribution.log_ratio(z)
             self.log_ratio = self.log_ratio + log_r
             if self.num_proposals is not None:
@@ -275,9 +275,9 @@ class _Weighing:
 
 def _log_mean_with(distribution: NoiseContrastive, log_r: Tensor, num_proposals: int) -> Tensor:
     """log of the mean of r over a given z, whose log r is [B], and M − 1 draws of the base, [B]; streamed."""
-    draws, total = base_draws(distribution.base), log_r
+    draws, fast, total = base_draws(distribution.base), distribution.fused(), log_r
     for start in range(0, num_proposals - 1, TILE):
-        others = distribution.log_ratio(draws.draw(min(TILE, num_proposals - 1 - start)))
+        others = fast.log_ratio(draws.draw(min(TILE, num_proposals - 1 - start)))
         total = torch.logaddexp(total, others.logsumexp(0))
     return total - math.log(num_proposals)
 

@@ -128,23 +128,8 @@ def fit_hierarchical_ncp(
     Warns:
         RuntimeWarning: where a held-out loss is so small that the base is too far from the posterior.
     """
-    if not isinstance(prior, HierarchicalNCP):
-        raise TypeError(f"fit_hierarchical_ncp: prior must be a HierarchicalNCP, got {type(prior).__name__}")
     chosen, execution = _checked_groups(prior, groups), execution or Execution()
-    for name in ("max_grad_norm", "ema_decay"):
-        if getattr(execution, name) is not None:
-            raise ValueError(f"fit_hierarchical_ncp: execution.{name} must be None, got {getattr(execution, name)}")
-    if not 0.0 < validation_fraction < 1.0:
-        raise ValueError(
-            f"fit_hierarchical_ncp: validation_fraction must be between 0 and 1, got {validation_fraction}"
-        )
-    check_count("fit_hierarchical_ncp: seed", seed, minimum=0, below=1 << 62)
-    check_count("fit_hierarchical_ncp: steps", steps)
-    check_count("fit_hierarchical_ncp: batch_size", batch_size)
-    if patience is not None:
-        check_count("fit_hierarchical_ncp: patience", patience)
-    if validate_every is not None:
-        check_count("fit_hierarchical_ncp: validate_every", validate_every)
+    _check_settings(execution, validation_fraction, seed, steps, batch_size, validate_every, patience)
     rows, held_out = held_out_split("fit_hierarchical_ncp", "data", data, validation, validation_fraction, seed)
     batches, gather = source("fit_hierarchical_ncp", "data", data, batch_size, seed, rows)
     prior.eval()
@@ -153,7 +138,7 @@ def fit_hierarchical_ncp(
         processes(cpu=device.type == "cpu")  # under torchrun the group of processes exists only from here on
     ranks = _distributed.ranks(shard_groups)
     mine = [chosen[i] for i in ranks.mine(len(chosen))]
-    stage = _Stage(prior, mine, label_smoothing, patience, validate_every or max(1, steps // 20), steps)
+    stage = _Stage(prior, mine, label_smoothing, patience, validate_every or max(1, steps // 20), steps, device)
     prepare = transform or getattr(prior.vae, "prepare", None) or (lambda x: x.float())
     prepare_held_out = validation_transform or prepare
 
@@ -193,24 +178,29 @@ def fit_hierarchical_ncp(
             finally:  # also after a failure the prior is left usable
                 stage.leave_best()
                 prior.eval()
-    found = [result for part in ranks.gather(stage.results()) for result in part]
-    found.sort(key=lambda result: result["group"])
-    for result in found:
-        prior.classifiers[result["group"]].load_state_dict(result["weights"])
-        prior.jsd[result["group"]] = float(objectives.jensen_shannon_divergence(result["loss"]))
+    return _settled(prior, [result for part in ranks.gather(stage.results()) for result in part], run)
+
+
+def _settled(prior: HierarchicalNCP, found: list[dict[str, Any]], run: TrainResult | None) -> HierarchicalNCPResult:
+    """The prior's classifiers and divergences become those that all processes found; the figures of them."""
+    found = sorted(found, key=lambda result: result["group"])
     losses = [result["loss"] for result in found]
+    divergences = [float(objectives.jensen_shannon_divergence(loss)) for loss in losses]
+    for result, jsd in zip(found, divergences, strict=True):
+        prior.classifiers[result["group"]].load_state_dict(result["weights"])
+        prior.jsd[result["group"]] = jsd
     _warn_of_easy([result["group"] for result in found if result["loss"] < EASY_LOSS])
     return HierarchicalNCPResult(
-        [result["group"] for result in found],
-        losses,
-        [float(objectives.jensen_shannon_divergence(loss)) for loss in losses],
-        [result["accuracy"] for result in found],
-        [result["best_step"] for result in found],
-        [loss >= EASY_LOSS for loss in losses],
-        run.steps if run else 0,
-        run.seconds if run else 0.0,
-        run.stopped_early if run else False,
-        run.history if run else [],
+        groups=[result["group"] for result in found],
+        loss=losses,
+        jsd=divergences,
+        accuracy=[result["accuracy"] for result in found],
+        best_step=[result["best_step"] for result in found],
+        trustworthy=[loss >= EASY_LOSS for loss in losses],
+        steps=run.steps if run else 0,
+        seconds=run.seconds if run else 0.0,
+        stopped_early=run.stopped_early if run else False,
+        history=run.history if run else [],
     )
 
 
@@ -235,6 +225,7 @@ class _Stage(nn.Module):
         patience: int | None,
         validate_every: int,
         steps: int,
+        device: torch.device,
     ):
         super().__init__()
         self.__dict__["prior"] = prior  # not a part: the VAE is neither trained nor saved
@@ -242,11 +233,12 @@ class _Stage(nn.Module):
         self.validate_every, self.steps = validate_every, steps
         self.current = nn.ModuleList(prior.classifiers[k] for k in groups)
         self.best = copy.deepcopy(self.current).requires_grad_(False)
-        self.register_buffer("loss", torch.full((len(groups),), math.inf, dtype=torch.float64))
-        self.register_buffer("accuracy", torch.zeros(len(groups), dtype=torch.float64))
-        self.register_buffer("best_step", torch.zeros(len(groups), dtype=torch.int64))
-        self.register_buffer("stale", torch.zeros(len(groups), dtype=torch.int64))
-        self.register_buffer("validations", torch.zeros((), dtype=torch.int64))
+        count = len(groups)
+        self.register_buffer("loss", torch.full((count,), math.inf, dtype=torch.float64, device=device))
+        self.register_buffer("accuracy", torch.zeros(count, dtype=torch.float64, device=device))
+        self.register_buffer("best_step", torch.zeros(count, dtype=torch.int64, device=device))
+        self.register_buffer("stale", torch.zeros(count, dtype=torch.int64, device=device))
+        self.register_buffer("validations", torch.zeros((), dtype=torch.int64, device=device))
 
     def _logits(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """log r_k at q's draws and at p's, each [B], for every group of `groups`."""
@@ -318,8 +310,33 @@ class _Stage(nn.Module):
         ]
 
 
+def _check_settings(
+    execution: Execution,
+    validation_fraction: float,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    validate_every: int | None,
+    patience: int | None,
+) -> None:
+    owner = "fit_hierarchical_ncp"
+    for name in ("max_grad_norm", "ema_decay"):
+        if getattr(execution, name) is not None:
+            raise ValueError(f"{owner}: execution.{name} must be None, got {getattr(execution, name)}")
+    if not 0.0 < validation_fraction < 1.0:
+        raise ValueError(f"{owner}: validation_fraction must be between 0 and 1, got {validation_fraction}")
+    check_count(f"{owner}: seed", seed, minimum=0, below=1 << 62)
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        check_count(f"{owner}: {name}", value)
+    for name, optional in (("validate_every", validate_every), ("patience", patience)):
+        if optional is not None:
+            check_count(f"{owner}: {name}", optional)
+
+
 def _checked_groups(prior: HierarchicalNCP, groups: Sequence[int] | None) -> list[int]:
     """Numbers of the groups to train, in order; their classifiers have something to train."""
+    if not isinstance(prior, HierarchicalNCP):
+        raise TypeError(f"fit_hierarchical_ncp: prior must be a HierarchicalNCP, got {type(prior).__name__}")
     count = len(prior.groups)
     numbers = list(range(count)) if groups is None else list(groups)
     if not numbers or len(set(numbers)) != len(numbers) or not set(numbers) <= set(range(count)):
@@ -340,5 +357,5 @@ def _warn_of_easy(groups: list[int]) -> None:
             f"posterior and base draws too easily for their ratios to be trusted (held-out losses below {EASY_LOSS} of "
             "at most 1.386). Train the VAE longer, or divide its latent variables into more groups.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
