@@ -26,6 +26,7 @@ from ncpvae.hierarchy import Given
 from ncpvae.nvae import NVAE
 from ncpvae.pixelcnn import PixelCNNLikelihood
 from ncpvae.pretrained import PartNeeded, Pretrained
+from ncpvae.priors import HierarchicalNCP, group_classifiers
 from ncpvae.text_vae import LatentContext, TextEncoder, TextLikelihood, text_vae
 
 
@@ -53,7 +54,13 @@ def reweighted(base=None):
 X, X8, Z, MAPS = torch.rand(5, 1, 3, 4), torch.rand(5, 1, 8, 8), torch.randn(5, 3), torch.randn(5, 2, 4, 8)
 TEXT = torch.tensor([[2, 4, 5, 6, 3], *[[2, 1, 6, 3, 0]] * 4])
 
+
 #: name → a module, and something to see that another does the same
+def hierarchical():
+    vae = NVAE((1, 8, 8), channels=2, groups_per_scale=(1, 1), latent_channels=1, halvings=0)
+    return HierarchicalNCP(vae, group_classifiers(vae, channels=8, blocks=1))
+
+
 FAMILY = {
     "VAE of MLPs": (mlp_vae, lambda m: [m.encode(X), m.decode(Z), m.prior_distribution()]),
     "VAE of convolutions": (conv_vae, lambda m: [m.encode(X8), m.decode(Z), m.prior_distribution()]),
@@ -116,6 +123,7 @@ FAMILY = {
     ),
     "NoiseContrastivePrior": (reweighted, lambda m: m.unnormalized_log_prob(Z)),
     "NoiseContrastivePrior over a mixture": (lambda: reweighted(mixture(full=True)), lambda m: m.log_ratio(Z)),
+    "HierarchicalNCP": (hierarchical, lambda m: m.draw(2, ncpvae.SIR(8), generator=0).likelihood),
     "NoiseContrastivePrior over another": (lambda: reweighted(reweighted()), lambda m: m.log_ratio(Z)),
 }
 

@@ -40,7 +40,7 @@ CLASSES = {
         *("PixelNormalLikelihood", "LogisticMixtureLikelihood"),
     ),
     "classifiers": ("MLPClassifier", "ResidualClassifier"),
-    "priors": ("Normal", "GaussianMixture", "NoiseContrastivePrior"),
+    "priors": ("Normal", "GaussianMixture", "NoiseContrastivePrior", "HierarchicalNCP"),
     "metrics": ("FeatureClassifier",),
     "adapters": ("StandardizedClassifier",),
 }
@@ -102,6 +102,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
         part = getattr(module, argument, None)
         if isinstance(value, dict) and "class" in value and isinstance(part, nn.Module):
             described["arguments"][argument] = describe(part)
+        elif isinstance(part, nn.ModuleList) and isinstance(value, list):
+            described["arguments"][argument] = [describe(module) for module in part]
         elif isinstance(part, Distribution):
             raise ValueError(
                 f"save_pretrained: {argument} of {name} is a torch Distribution ({type(part).__name__}), which has no "

@@ -6,6 +6,7 @@ Letters: W processes ("world size"). Nothing communicates unless its caller was 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,9 +20,22 @@ T = TypeVar("T")
 BLOCKS = 0x626C6F636B  # the position in `derived_seed` that sets block seeds apart from others of the same seed
 
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block this process counts as the only one: it does a piece of shared work that is wholly its own."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def is_initialized() -> bool:
     """Whether torch.distributed has a default group, as under `torchrun` once a script or accelerate has set it up."""
-    return dist.is_available() and dist.is_initialized()
+    return not _alone.get() and dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:

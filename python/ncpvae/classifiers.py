@@ -7,8 +7,11 @@ A classifier may have a method `fused(dtype)`, which returns the same function i
 many times without gradients (see `nn.fused`), and a method `widest(event)`, the number of elements of its largest
 activation for one z, by which proposals are cut into pieces that stay in the processor's cache. A
 method `score(z)` may return ∇ log r(z) by a faster way than autograd, or None; it is asked where there is no context.
+A method `remembering()` may return the same function for repeated calls with one context, which does the part that is
+of the context alone once.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -110,6 +113,15 @@ class ResidualClassifier(Pretrained):
         twin = with_fused_children(self, ResidualClassifier, dtype)
         if twin is not self and twin.context_stem is not None:
             twin._modules["context_stem"] = Remembered(twin.context_stem)
+        return twin
+
+    def remembering(self) -> "ResidualClassifier":
+        """See the head of the module. For sampling: the weights of the part over the context get no gradient."""
+        if self.context_stem is None:
+            return self
+        twin = copy.copy(self)
+        twin.__dict__["_modules"] = dict(self._modules)
+        twin._modules["context_stem"] = Remembered(self.context_stem).train(self.training)
         return twin
 
     def widest(self, event: torch.Size) -> int:

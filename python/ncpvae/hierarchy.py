@@ -14,7 +14,7 @@ autoencoder", NeurIPS 2020.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -158,6 +158,24 @@ def infer(model: HierarchicalVAE, x: Tensor) -> tuple[Distribution, Posterior]:
     """p(x|z) at draws z ~ q(z|x), and the draws with their distributions, for x [B, …]."""
     path = Posterior(model, model.encode(x))
     return model.walk(path, len(x)), path
+
+
+class _Reached(Exception):
+    """The walk has come as far as it should."""
+
+
+def walk_groups(model: HierarchicalVAE, select: Select, batch: int, last: int | None = None) -> None:
+    """Walk from the top as far as the group `last`, the lowest by default; p(x|z) is not computed."""
+    last = len(model.groups) - 1 if last is None else last
+
+    def select_and_stop(k: int, base: Distribution, context: Tensor | None) -> Tensor:
+        z = select(k, base, context)
+        if k == last:
+            raise _Reached
+        return z
+
+    with suppress(_Reached):
+        model.walk(select_and_stop, batch)
 
 
 @torch.no_grad()

@@ -453,7 +453,10 @@ def _fused_linear(linear: nn.Linear, activation: type[nn.Module] | None, dtype: 
 
 
 class Remembered(nn.Module):
-    """A module that is not called again while the very same tensor comes: a context beside many sets of proposals."""
+    """A module that is not called again while the very same tensor comes: a context beside many sets of proposals.
+
+    What it gives carries no gradient.
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -462,5 +465,6 @@ class Remembered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.last is None or self.last[0] is not x:
-            self.last = (x, self.module(x))
+            with torch.no_grad():
+                self.last = (x, self.module(x))
         return self.last[1]

@@ -6,6 +6,13 @@ from .decoder_use import DecoderUse, decoder_use
 from .density_coverage import DensityCoverage, density_coverage
 from .distances import Distance, frechet_distance, kernel_distance
 from .features import FeatureClassifier, Features, InceptionFeatures, classification_accuracy, extract_features
+from .hierarchical import (
+    ConditionalNormalizers,
+    HierarchicalNormalizer,
+    conditional_log_normalizers,
+    hierarchical_log_normalizer,
+    hierarchical_nll,
+)
 from .info_nce import InfoNCEBound, info_nce_bound
 from .kl import KLPerDimension, kl_per_dimension
 from .likelihood import Likelihood, importance_weighted_nll
@@ -18,11 +25,13 @@ from .weights import effective_sample_size
 
 __all__ = [
     "ActiveUnits",
+    "ConditionalNormalizers",
     "DecoderUse",
     "DensityCoverage",
     "Distance",
     "FeatureClassifier",
     "Features",
+    "HierarchicalNormalizer",
     "InceptionFeatures",
     "InfoNCEBound",
     "KLPerDimension",
@@ -36,11 +45,14 @@ __all__ = [
     "active_units_by_sampled_std",
     "classification_accuracy",
     "collect_posteriors",
+    "conditional_log_normalizers",
     "decoder_use",
     "density_coverage",
     "effective_sample_size",
     "extract_features",
     "frechet_distance",
+    "hierarchical_log_normalizer",
+    "hierarchical_nll",
     "importance_weighted_nll",
     "info_nce_bound",
     "jensen_shannon_divergence",

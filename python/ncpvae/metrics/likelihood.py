@@ -105,7 +105,7 @@ def importance_weighted_nll(
     every = {number: values for part in ranks.gather(mine) for number, values in part.items()}
     protocol = f"importance-weighted bound, {num_samples} draws per example, {len(data)} examples"
     return {
-        name: _summary(torch.cat([every[number][name].to(home) for number in range(len(chunks))]), protocol)
+        name: summarized(torch.cat([every[number][name].to(home) for number in range(len(chunks))]), protocol)
         for name in log_priors
     }
 
@@ -137,6 +137,7 @@ def _chunk_nll(
     return {name: math.log(num_samples) - log_sum for name, log_sum in running.items()}
 
 
-def _summary(per_example: Tensor, protocol: str) -> Likelihood:
+def summarized(per_example: Tensor, protocol: str) -> Likelihood:
+    """The figures of a data set from those of its examples, [N] nats."""
     spread = float(per_example.std()) / math.sqrt(len(per_example)) if len(per_example) > 1 else math.nan
     return Likelihood(float(per_example.mean()), spread, per_example, protocol)

@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError
 from .engine import TrainingDiverged, TrainResult
 from .execution import Execution
+from .hierarchical import HierarchicalNCPResult, fit_hierarchical_ncp
 from .interrupt import TrainingInterrupted
 from .ncp import NCPResult, fit_ncp
 from .vae import Aggressive, adamw, fit_vae
@@ -11,11 +12,13 @@ __all__ = [
     "Aggressive",
     "CheckpointError",
     "Execution",
+    "HierarchicalNCPResult",
     "NCPResult",
     "TrainResult",
     "TrainingDiverged",
     "TrainingInterrupted",
     "adamw",
+    "fit_hierarchical_ncp",
     "fit_ncp",
     "fit_vae",
 ]

@@ -110,6 +110,22 @@ def check_data(function: str, name: str, data: object, minimum: int = 1) -> None
         raise ValueError(f"{function}: {name} must be finite, got NaN or infinity in row {bad}")
 
 
+def held_out_split(
+    function: str, name: str, examples: Data | None, validation: Data | None, fraction: float, seed: int
+) -> tuple[Tensor | None, Data]:
+    """Indices of the examples to train on, None for all, and the held-out examples."""
+    check_data(function, name, examples, minimum=2)
+    assert examples is not None
+    if validation is not None:
+        check_data(function, "validation", validation)
+        return None, validation
+    if not isinstance(examples, Tensor):
+        raise ValueError(f"{function}: validation must be given where {name} is an iterable, got None")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).to(examples.device)
+    size = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+    return order[size:], examples[order[:size]]
+
+
 def mean_over_parts(terms: Callable[[Any], dict[str, Tensor]], parts: Iterable[Any], seed: int) -> dict[str, float]:
     """The terms' means over all rows of the parts, which processes share out: part c draws from (seed, c)."""
     sums: dict[str, float] = {}

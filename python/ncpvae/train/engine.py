@@ -386,8 +386,10 @@ class _Loop:
                     # fp16's loss scale is found by trial: an infinite gradient norm is its business
                     if name == "grad_norm" and self.accelerator.scaler is not None:
                         continue
+                    others = [f"'{n}'" for n, v in zip(names, row, strict=True) if n != name and not math.isfinite(v)]
+                    also = f" ({', '.join(others)} too)" if others else ""
                     raise TrainingDiverged(
-                        f"training stopped at step {step}: loss term '{name}' is {value}{self._last_good()}"
+                        f"training stopped at step {step}: loss term '{name}' is {value}{also}{self._last_good()}"
                     )
         return [dict(zip(names, row, strict=True)) for row in table]
 

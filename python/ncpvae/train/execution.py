@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .._distributed import world_size
+
 if TYPE_CHECKING:  # accelerate adds to the warnings' filters when it is imported, which is for training to do
     from accelerate import Accelerator, PartialState
 
@@ -69,7 +71,7 @@ def processes(cpu: bool = False) -> "PartialState":
 @contextmanager
 def own_accelerator(execution: Execution, folder: Path | None, cpu: bool) -> "Iterator[Accelerator]":
     """An Accelerator of our own. Accelerate keeps its settings in shared state, which is put back as it was."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedType, PartialState
     from accelerate.state import AcceleratorState, GradientState
 
     state = processes(cpu)
@@ -81,10 +83,14 @@ def own_accelerator(execution: Execution, folder: Path | None, cpu: bool) -> "It
                          f"got {execution.mixed_precision!r}; start a new one for the GPU")  # fmt: skip
     shared = [(cls, dict(cls._shared_state)) for cls in (AcceleratorState, GradientState)]
     allow_tf32 = torch.backends.cuda.matmul.allow_tf32  # accelerate switches it on for compiled models
+    several = dict(PartialState._shared_state)
     for cls, _ in shared:
         cls._reset_state()
     accelerator = None
     try:
+        if state.num_processes > world_size():  # within `_distributed.alone`
+            one = {"num_processes": 1, "process_index": 0, "local_process_index": 0}
+            PartialState._shared_state.update(one, distributed_type=DistributedType.NO)
         accelerator = Accelerator(
             cpu=state.device.type == "cpu",
             device_placement=False,  # the model is trained where it is
@@ -105,6 +111,7 @@ def own_accelerator(execution: Execution, folder: Path | None, cpu: bool) -> "It
         for tracker in accelerator.trackers if accelerator is not None else ():
             tracker.finish()  # and not end_training, which ends the process group too
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        PartialState._shared_state.update(several)
         for cls, before in shared:
             cls._reset_state()
             cls._shared_state.update(before)

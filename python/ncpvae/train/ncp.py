@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from .. import _random, objectives
 from ..priors import NoiseContrastivePrior
-from .batches import Data, check_data, minibatches, parts, source
+from .batches import Data, held_out_split, minibatches, parts, source
 from .engine import Schedule, train
 from .execution import Execution, check_count
 
@@ -132,8 +132,8 @@ def fit_ncp(
     examples = data if data is not None else posterior_samples
     name = "data" if vae is not None else "posterior_samples"
     described = "posterior_samples" if vae is None else "the VAE's codes"
-    rows, held_out_part = _split(name, examples, validation, validation_fraction, seed)
-    assert examples is not None  # _split has seen to it
+    rows, held_out_part = held_out_split("fit_ncp", name, examples, validation, validation_fraction, seed)
+    assert examples is not None  # held_out_split has seen to it
     positives, gather = source("fit_ncp", name, examples, batch_size, seed, rows)
     prior.classifier.eval()
     with torch.no_grad(), _random.scoped(seed ^ 0x5EED0FF):  # not the stream that the training steps draw from
@@ -233,28 +233,12 @@ def _as_encoder(vae, transform, device, dtype) -> Callable[[Tensor], Tensor]:
     return encode
 
 
-def _split(
-    name: str, examples: Data | None, validation: Data | None, fraction: float, seed: int
-) -> tuple[Tensor | None, Data]:
-    """Indices of the examples to train on, None for all, and the held-out examples."""
-    check_data("fit_ncp", name, examples, minimum=2)
-    assert examples is not None
-    if validation is not None:
-        check_data("fit_ncp", "validation", validation)
-        return None, validation
-    if not isinstance(examples, Tensor):
-        raise ValueError(f"fit_ncp: validation must be given where {name} is an iterable, got None")
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).to(examples.device)
-    count = min(max(1, round(fraction * len(examples))), len(examples) - 1)
-    return order[count:], examples[order[:count]]
-
-
 def _base_source(
     prior, base_samples, batch_size, num_held_out, fraction, seed
 ) -> tuple[Callable[[int], Iterator], Callable[[Any, int], Tensor], Tensor]:
     """Batches from a step on, the function from one of them and its size to base draws, and the held-out draws."""
     if base_samples is not None:
-        rest, held_out = _split("base_samples", base_samples, None, fraction, seed)
+        rest, held_out = held_out_split("fit_ncp", "base_samples", base_samples, None, fraction, seed)
         assert rest is not None and isinstance(held_out, Tensor)
         return (
             lambda start: minibatches(len(rest), batch_size, seed + 1, start, rest.device),
