@@ -21,7 +21,15 @@ from .nvae import NVAE
 from .objectives import VAELoss
 from .pixelcnn import PixelCNNLikelihood
 from .pretrained import Pretrained
-from .priors import GaussianMixture, LogNormalizer, NoiseContrastive, NoiseContrastivePrior, Normal
+from .priors import (
+    GaussianMixture,
+    HierarchicalNCP,
+    LogNormalizer,
+    NoiseContrastive,
+    NoiseContrastivePrior,
+    Normal,
+    group_classifiers,
+)
 from .samplers import SIR, Diagnostics, Langevin, SampleResult
 from .sharding import sample_blocks, sample_sharded
 from .text_vae import TextEncoder, TextLikelihood
@@ -32,6 +40,7 @@ from .train import (
     TrainingDiverged,
     TrainingInterrupted,
     TrainResult,
+    fit_hierarchical_ncp,
     fit_ncp,
     fit_vae,
 )
@@ -65,6 +74,7 @@ __all__ = [
     "GaussianEncoder",
     "GaussianMixture",
     "HierarchicalLoss",
+    "HierarchicalNCP",
     "HybridCritic",
     "Langevin",
     "LogNormalizer",
@@ -94,8 +104,10 @@ __all__ = [
     "VAELoss",
     "VAEOutput",
     "adapters",
+    "fit_hierarchical_ncp",
     "fit_ncp",
     "fit_vae",
+    "group_classifiers",
     "metrics",
     "objectives",
     "ops",
