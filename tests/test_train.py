@@ -384,6 +384,7 @@ def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
         ({"critic": SelfCritic()}, {"critic": SelfCritic(symmetric=True)}),
         ({"critic": SelfCritic()}, {"critic": SelfCritic(min_log_std=-3.0)}),
         ({"critic": neural()}, {"critic": neural(scale="linear")}),
+        ({"critic": neural()}, {"critic": neural(max_scale=50.0)}),
     ]
     for number, (before, after) in enumerate(cases):
         run(tmp_path / str(number), **before)

@@ -210,13 +210,14 @@ class NeuralCritic(Critic):
                 f"NeuralCritic: initial_scale must be > 0 and ≤ max_scale, got {initial_scale!r} and {max_scale!r}"
             )
         self.x_head, self.z_head, self.exponential = x_head, z_head, scale == "exp"
-        self.limits = (-math.inf, math.log(max_scale)) if self.exponential else (0.0, max_scale)
+        self.max_scale = max_scale
         initial = math.log(initial_scale) if self.exponential else initial_scale
         self.scale_parameter = nn.Parameter(torch.tensor([initial]))  # not 0-dimensional: FSDP has no place for that
 
     def scale(self) -> Tensor:
         """s, 0-dimensional."""
-        held = _Held.apply(self.scale_parameter[0], *self.limits)
+        limits = (-math.inf, math.log(self.max_scale)) if self.exponential else (0.0, self.max_scale)
+        held = _Held.apply(self.scale_parameter[0], *limits)
         return held.exp() if self.exponential else held
 
     def forward(self, seen: Any, posterior: Distribution, z: Tensor) -> Scores:
