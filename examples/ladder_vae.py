@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ncpvae import data, plots
 from ncpvae.distributions import diagonal_normal, normal_parameters
-from ncpvae.hierarchy import Ancestral, Given, Group, HierarchicalLoss, Select, check_selected, infer, kl_warmup
+from ncpvae.hierarchy import Ancestral, Given, Group, HierarchicalLoss, KLWarmup, Select, check_selected, infer
 from ncpvae.train.engine import train
 
 TEST_IMAGES = 1000
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> dict:
     splits = data.mnist(args.data_dir)
     shape = splits.train.shape[1:]
     vae = LadderVAE(shape.numel())
-    loss, weight = HierarchicalLoss(vae), kl_warmup(args.steps)
+    loss, weight = HierarchicalLoss(vae), KLWarmup(args.steps)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(args.steps):

@@ -15,11 +15,11 @@ from ncpvae.hierarchy import (
     Group,
     HierarchicalLoss,
     HierarchicalVAE,
+    KLWarmup,
     Posterior,
     balance_kl,
     group_sizes,
     infer,
-    kl_warmup,
     readjust_batch_norm,
 )
 from ncpvae.nn import BatchNorm, BottomUpCell, Cells, SpectralNorms, TopDownCell, WeightNormConv2d, batch_norm_scales
@@ -346,11 +346,11 @@ def test_batch_norm_scales_are_the_largest_of_each_layer():
 
 
 def test_kl_warmup_is_the_published_schedule():
-    weight = kl_warmup(10_000)
+    weight = KLWarmup(10_000)
     assert weight(0) == weight(1) == 1e-4 and weight(3_001) == weight(10_000) == 1.0
     assert weight(1_501) == pytest.approx(1_500 / 3_000)
-    with pytest.raises(ValueError, match="kl_warmup: steps must be ≥ 1"):
-        kl_warmup(0)
+    with pytest.raises(ValueError, match="KLWarmup: steps must be ≥ 1"):
+        KLWarmup(0)
 
 
 def test_balanced_kl_is_the_papers_formula():

@@ -338,7 +338,7 @@ def test_mnist_from_end_to_end(data_folder, tmp_path):
         pictures=4,
         test_examples=50,
     )
-    recipe = replace(recipe, steps=20, evaluation=e, prior=StageTwo((8,), steps=10, log_z_samples=100))
+    recipe = replace(recipe, steps=20, evaluation=e, prior=StageTwo(hidden=(8,), steps=10, log_z_samples=100))
     run, result = training.train(tmp_path, "mnist-mlp", recipe, "x", data_folder=data_folder, progress=False)
     assert result.history[-1]["validation_loss"] < 400
     training.fit_prior(run, progress=False)

@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
@@ -20,12 +21,15 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
     """The commands by name; their parameters are their flags, their docstrings the help."""
     from tyro.conf import Positional, arg, subcommand
 
-    from .recipes import RECIPES, Evaluation, StageTwo
+    from .recipes import RECIPES
     from .runs import Run, open_run
     from .runs.folder import writable
     from .runs.sampling import Sampling
 
     command = shlex.join(["ncpvae", *_without_resume(argv)])
+    known = _settings_of(argv)
+    Stage: Any = type(known.prior)
+    Measuring: Any = type(known.evaluation)
     recipes = tuple(Annotated[type(r), subcommand(name, default=r)] for name, r in RECIPES.items())
     AnyRecipe: Any = Annotated[Union[recipes], arg(name="")]  # noqa: UP007
 
@@ -72,7 +76,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
     def fit_prior(
         run: Positional[Path],
-        stage: Annotated[StageTwo, arg(name="")] = _settings_of(argv).prior,  # noqa: B008
+        stage: Annotated[Stage, arg(name="")] = known.prior,
         resume: str = "never",
         overwrite: bool = False,
         device: str = "auto",
@@ -98,8 +102,8 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         trained = opened(run, device, data_dir)
         result = training.fit_prior(trained, stage, command, resume, overwrite, progress)
         _say(
-            f"{run}: {result.steps:,} steps in {result.seconds:.0f} s; held-out loss {result.loss:.4f} (1.386 where "
-            f"q(z) and the base agree), JSD ≥ {result.jsd:.4f} nats, accuracy {result.accuracy:.3f}"
+            f"{run}: {result.steps:,} steps in {result.seconds:.0f} s; held-out loss {_numbers(result.loss)} (1.386 "
+            f"where q(z) and the base agree), JSD ≥ {_numbers(result.jsd)} nats, accuracy {_numbers(result.accuracy)}"
         )
         _page(opened(run, device, data_dir), page)
         _say(f"next: ncpvae evaluate {shlex.quote(str(run))} && ncpvae report {shlex.quote(str(run))}")
@@ -125,12 +129,16 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
             output: the .safetensors file (default: in RUN/samples)
             device: auto, cpu, cuda, …
         """
+        from .runs.hierarchical import Draws
         from .runs.sampling import sample as draw
 
         path, result = draw(opened(run, device, None), count, sampling, temperature, base, seed, output)
         beside = [path.with_suffix(suffix).name for suffix in (".png", ".txt") if path.with_suffix(suffix).is_file()]
         _say(" and ".join([str(path), *beside]))
-        if result is not None:
+        if isinstance(result, Draws):
+            each = ", ".join("base" if math.isnan(value) else f"{value:.1f}" for value in result.ess.mean(0).tolist())
+            _say(f"ESS of each group's draws on average {each}; {result.seconds:.1f} s")
+        elif result is not None:
             d = result.diagnostics
             if d.stopped == "num_steps":
                 _say(f"{count:,} chains of {sampling.langevin_steps:,} steps, {d.seconds:.1f} s")
@@ -140,7 +148,7 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
     def evaluate(
         run: Positional[Path],
-        evaluation: Annotated[Evaluation, arg(name="")] = _settings_of(argv).evaluation,  # noqa: B008
+        evaluation: Annotated[Measuring, arg(name="")] = known.evaluation,
         features: str | None = None,
         seed: int | None = None,
         device: str = "auto",
@@ -377,6 +385,11 @@ def _plan(name: str, recipe: Any, folder: Path) -> str:
     total = sum(planned["memory"].values())
     parts = ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in planned["memory"].items())
     return "\n".join([*lines, f"memory for training, about {total / 2**20:,.0f} MiB a process: {parts}"])
+
+
+def _numbers(value: float | list[float]) -> str:
+    """A figure, or those of all groups."""
+    return f"{value:.4f}" if isinstance(value, float) else ", ".join(f"{v:.4f}" for v in value)
 
 
 def _say(text: str) -> None:

@@ -241,7 +241,8 @@ def _averaging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
                     tensor.copy_(kept)
 
 
-def kl_warmup(steps: int, portion: float = 0.3, start: float = 1e-4, minimum: float = 1e-4) -> Callable[[int], float]:
+@dataclass(frozen=True)
+class KLWarmup:
     """The weight of the KL at each step: clip((step − start·T) / (portion·T), minimum, 1), NVAE's warm-up.
 
     Args:
@@ -250,12 +251,22 @@ def kl_warmup(steps: int, portion: float = 0.3, start: float = 1e-4, minimum: fl
         start: of the steps, before it begins to.
         minimum: it is never less.
     """
-    if steps < 1 or not 0.0 < portion <= 1.0 or not 0.0 <= start < 1.0 or not 0.0 <= minimum <= 1.0:
-        raise ValueError(
-            "kl_warmup: steps must be ≥ 1, portion in (0, 1], start in [0, 1) and minimum in [0, 1], "
-            f"got {steps}, {portion}, {start}, {minimum}"
-        )
-    return lambda step: min(1.0, max(minimum, (step - start * steps) / (portion * steps)))
+
+    steps: int
+    portion: float = 0.3
+    start: float = 1e-4
+    minimum: float = 1e-4
+
+    def __post_init__(self) -> None:
+        portions = 0.0 < self.portion <= 1.0 and 0.0 <= self.start < 1.0 and 0.0 <= self.minimum <= 1.0
+        if self.steps < 1 or not portions:
+            raise ValueError(
+                "KLWarmup: steps must be ≥ 1, portion in (0, 1], start in [0, 1) and minimum in [0, 1], "
+                f"got {self.steps}, {self.portion}, {self.start}, {self.minimum}"
+            )
+
+    def __call__(self, step: int) -> float:
+        return min(1.0, max(self.minimum, (step - self.start * self.steps) / (self.portion * self.steps)))
 
 
 def group_sizes(groups: Sequence[Group]) -> Tensor:

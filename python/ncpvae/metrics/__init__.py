@@ -8,10 +8,12 @@ from .distances import Distance, frechet_distance, kernel_distance
 from .features import FeatureClassifier, Features, InceptionFeatures, classification_accuracy, extract_features
 from .hierarchical import (
     ConditionalNormalizers,
+    GroupKL,
     HierarchicalNormalizer,
     conditional_log_normalizers,
     hierarchical_log_normalizer,
     hierarchical_nll,
+    kl_per_group,
 )
 from .info_nce import InfoNCEBound, info_nce_bound
 from .kl import KLPerDimension, kl_per_dimension
@@ -31,6 +33,7 @@ __all__ = [
     "Distance",
     "FeatureClassifier",
     "Features",
+    "GroupKL",
     "HierarchicalNormalizer",
     "InceptionFeatures",
     "InfoNCEBound",
@@ -58,6 +61,7 @@ __all__ = [
     "jensen_shannon_divergence",
     "kernel_distance",
     "kl_per_dimension",
+    "kl_per_group",
     "memorization",
     "minibatch_mutual_information",
     "mutual_information",

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .. import _distributed, _random
-from ..hierarchy import Posterior, walk_groups
+from ..hierarchy import HierarchicalVAE, Posterior, infer, walk_groups
 from ..priors import HierarchicalNCP, NoiseContrastive
 from ..priors.hierarchical import naming_group
 from ..samplers import SIR, TILE, base_draws
@@ -56,6 +56,18 @@ class ConditionalNormalizers(NamedTuple):
 
     log_mean: Tensor
     ess: Tensor
+
+
+class GroupKL(NamedTuple):
+    """KL(q(z_k | z_<k, x) ‖ p(z_k | z_<k)) of K groups, nats.
+
+    Attributes:
+        value: [K], means over examples; their sum is the KL of the evidence lower bound.
+        standard_error: [K], of those; NaN for one example.
+    """
+
+    value: Tensor
+    standard_error: Tensor
 
 
 @torch.no_grad()
@@ -160,8 +172,41 @@ def conditional_log_normalizers(
 
 
 @torch.no_grad()
+def kl_per_group(
+    vae: HierarchicalVAE,
+    data: Tensor,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 100,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    distributed: bool = False,
+) -> GroupKL:
+    """What each group of a hierarchical VAE knows of its examples: at 0 it is not used.
+
+    Args:
+        vae: an `nn.Module` with the protocol `hierarchy.HierarchicalVAE`.
+        data, transform, batch_size, seed, device, distributed: see `hierarchical_nll`.
+    """
+    owner = "kl_per_group"
+    _check_data(owner, data)
+    _check_counts(owner, batch_size=batch_size)
+    _distributed.check_seed(owner, seed)
+    prepare, where = transform or (lambda x: x.float()), _device(vae, device)
+    batches = data.split(batch_size)
+
+    def kl(number: int) -> Tensor:
+        _, path = infer(vae, prepare(batches[number].to(where)))
+        return path.kl().double().cpu()
+
+    call = {"data": _described(data), "batch_size": batch_size, "seed": seed}
+    every = torch.cat(_shared(owner, len(batches), kl, seed, call, distributed))  # [N, K]
+    error = every.std(0) / math.sqrt(len(every)) if len(every) > 1 else torch.full_like(every[0], math.nan)
+    return GroupKL(every.mean(0), error)
+
+
+@torch.no_grad()
 def hierarchical_nll(
-    prior: HierarchicalNCP,
+    prior: HierarchicalNCP | HierarchicalVAE,
     data: Tensor,
     num_samples: int = 100,
     log_normalizer: float | HierarchicalNormalizer | None = None,
@@ -177,6 +222,7 @@ def hierarchical_nll(
     All figures are of the same draws z_s, so that their differences are not blurred by sampling.
 
     Args:
+        prior: or a VAE alone, for "base" alone.
         data: [N, …].
         num_samples: S draws per example, each a walk.
         log_normalizer: log Z of the joint density, for the figure "log_z". It is optimistic: see there.
@@ -199,9 +245,12 @@ def hierarchical_nll(
     Ranganath, "Energy-inspired models: learning with sampler-induced distributions", NeurIPS 2019.
     """
     owner = "hierarchical_nll"
-    if not isinstance(data, Tensor) or data.dim() < 2 or len(data) == 0:
-        got = f"shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
-        raise ValueError(f"{owner}: data must be a tensor [N, …] with N ≥ 1, got {got}")
+    _check_data(owner, data)
+    vae = prior.vae if isinstance(prior, HierarchicalNCP) else prior
+    if vae is prior and (log_normalizer is not None or num_proposals is not None):
+        raise ValueError(
+            f"{owner}: prior must be a HierarchicalNCP for log_normalizer or num_proposals, got {type(prior).__name__}"
+        )
     _check_counts(owner, num_samples=num_samples, batch_size=batch_size)
     if num_proposals is not None:
         _check_counts(owner, num_proposals=num_proposals)
@@ -210,26 +259,27 @@ def hierarchical_nll(
     if log_z is not None and not math.isfinite(log_z):
         raise ValueError(f"{owner}: log_normalizer must be finite, got {log_z}")
     transform = transform or (lambda x: x.float())
-    device = next(prior.vae.parameters()).device if device is None else device
-    batches = data.split(batch_size)
+    where, batches = _device(vae, device), data.split(batch_size)
 
     def log_weights(number: int) -> dict[str, Tensor]:
-        x = transform(batches[number].to(device))
-        encoded = prior.vae.encode(x)
+        x = transform(batches[number].to(where))
+        encoded = vae.encode(x)
         running: dict[str, Tensor] = {}
         for s in range(num_samples):
-            path = Posterior(prior.vae, encoded)
-            weighing = _Weighing(prior, path, num_proposals, _random.derived_seed(seed, PROPOSALS, number, s))
-            likelihood = prior.vae.walk(weighing, len(x))
+            path = Posterior(vae, encoded)
+            weighing = None
+            if isinstance(prior, HierarchicalNCP):
+                weighing = _Weighing(prior, path, num_proposals, _random.derived_seed(seed, PROPOSALS, number, s))
+            likelihood = vae.walk(weighing or path, len(x))
             base = likelihood.log_prob(x) + (path.log_prior() - path.log_posterior()).sum(1)
             draws = {"base": base}
-            draws |= {} if log_z is None else {"log_z": base + weighing.log_ratio - log_z}
-            draws |= {} if num_proposals is None else {"snis": base + weighing.log_snis}
+            if weighing is not None:
+                draws |= {} if log_z is None else {"log_z": base + weighing.log_ratio - log_z}
+                draws |= {} if num_proposals is None else {"snis": base + weighing.log_snis}
             running = {n: torch.logaddexp(running[n], v) if n in running else v for n, v in draws.items()}
         return {name: (math.log(num_samples) - total).cpu() for name, total in running.items()}
 
-    ends = _distributed.fingerprint(torch.cat([data[:1], data[-1:]]))
-    call = {"data": f"{list(data.shape)} with ends {ends}", "num_samples": num_samples, "log_normalizer": log_z}
+    call = {"data": _described(data), "num_samples": num_samples, "log_normalizer": log_z}
     call |= {"num_proposals": num_proposals, "batch_size": batch_size, "seed": seed}
     parts = _shared(owner, len(batches), log_weights, seed, call, distributed)
     protocol = f"importance-weighted bound, {num_samples} draws per example, {len(data)} examples"
@@ -299,6 +349,25 @@ def _shared(
                 mine[number] = work(number)
     every = {number: value for part in ranks.gather(mine) for number, value in part.items()}
     return [every[number] for number in range(count)]
+
+
+def _check_data(owner: str, data: object) -> None:
+    if not isinstance(data, Tensor) or data.dim() < 2 or len(data) == 0:
+        got = f"shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        raise ValueError(f"{owner}: data must be a tensor [N, …] with N ≥ 1, got {got}")
+
+
+def _described(data: Tensor) -> str:
+    """Tells data of one process from those of another."""
+    return f"{list(data.shape)} with ends {_distributed.fingerprint(torch.cat([data[:1], data[-1:]]))}"
+
+
+def _device(vae: HierarchicalVAE, device: torch.device | str | None) -> torch.device | str:
+    if device is not None:
+        return device
+    if not isinstance(vae, nn.Module):
+        raise TypeError(f"a hierarchical VAE must be an nn.Module, got {type(vae).__name__}")
+    return next(vae.parameters()).device
 
 
 def _check_counts(owner: str, **counts: object) -> None:

@@ -4,9 +4,7 @@ A recipe is a frozen dataclass; each of its fields is a flag of `ncpvae train`. 
 docstring says where each number comes from and what the source leaves open.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -14,94 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from .._random import derived_seed
-from ..critics import Critic, HybridCritic, SelfCritic
 from ..data import Dataset, load
-from ..objectives import CyclicalAnnealing, FreeBits, LinearAnnealing
-from ..train import Aggressive, Execution, adamw
+from ..train import Execution
 from ..train.engine import Schedule
 from ..train.execution import check_count, check_positive
-from ..vae import VAE
 
 
 @dataclass(frozen=True)
-class CriticSettings:
-    """The contrastive critic of stage one (Menon et al., 2022)."""
+class ClassifierTraining:
+    """How the classifiers are trained that make a base prior a noise contrastive one (NCP-VAE, section 3.2)."""
 
-    kind: Literal["none", "self", "neural", "hybrid"] = "none"
-    """log q(z|x) itself, heads of its own, or heads on the encoder's first layers"""
-    weight: float = 20.0
-    """λ, on the mean of c beside the mean of the ELBO"""
-    symmetric: bool = False
-    """the mean of both directions instead of the paper's one"""
-    scale: Literal["exp", "linear"] = "exp"
-    """of the cosine: the exponential of a parameter, or the parameter"""
-    share: int = 1
-    """layers of the encoder that a hybrid critic shares"""
-    hidden: int = 128
-    """width of the heads' hidden layers"""
-    width: int = 64
-    """in which scores are taken"""
-
-    def __post_init__(self) -> None:
-        check_positive("critic.weight", self.weight)
-        for name in ("hidden", "width"):
-            check_count(f"critic.{name}", getattr(self, name))
-        check_count("critic.share", self.share, minimum=0)
-
-
-@dataclass(frozen=True)
-class Remedies:
-    """What else there is against posterior collapse; all of it off by default."""
-
-    annealing: Literal["none", "linear", "cyclical"] = "none"
-    """of β, from 0 to 1"""
-    annealing_steps: int | None = None
-    """optimiser steps of it; by default a third of the run for linear, all of it for cyclical annealing"""
-    cycles: int = 4
-    """of cyclical annealing, β rising over half of each"""
-    free_bits: float | None = None
-    """nats of the KL that cost nothing"""
-    free_bits_per: Literal["total", "dimension"] = "total"
-    """of the whole KL, or of each coordinate's"""
-    min_kl: float = 0.0
-    """nats that the posterior's σ is bound to cost (δ-VAE)"""
-    aggressive_steps: int = 0
-    """optimiser steps in the first of which the encoder is trained for itself"""
-    inner_steps: int = 10
-    """of the encoder alone for each of both, in aggressive training"""
-
-    def __post_init__(self) -> None:
-        for name, least in (("annealing_steps", 1), ("cycles", 1), ("aggressive_steps", 0), ("inner_steps", 1)):
-            if getattr(self, name) is not None:
-                check_count(f"remedies.{name}", getattr(self, name), minimum=least)
-        if self.free_bits is not None:
-            check_positive("remedies.free_bits", self.free_bits)
-        if not 0.0 <= self.min_kl < math.inf:
-            raise ValueError(f"remedies.min_kl must be finite and ≥ 0, got {self.min_kl!r}")
-
-    def kl_weight(self, steps: int, final: float) -> Callable[[int], float] | float:
-        """β in a run of so many steps, as `fit_vae` takes it."""
-        if self.annealing == "none":
-            return final
-        if self.annealing == "linear":
-            return LinearAnnealing(self.annealing_steps or max(1, steps // 3), final)
-        return CyclicalAnnealing(self.annealing_steps or steps, self.cycles, final=final)
-
-    def options(self) -> dict[str, Any]:
-        """Further arguments of `fit_vae`."""
-        free = None if self.free_bits is None else FreeBits(self.free_bits, self.free_bits_per)
-        aggressive = Aggressive(self.inner_steps, self.aggressive_steps) if self.aggressive_steps else None
-        return {"free_bits": free, "aggressive": aggressive}
-
-
-@dataclass(frozen=True)
-class StageTwo:
-    """The classifier that makes the base prior a noise contrastive one (NCP-VAE, section 3.2, stage two)."""
-
-    hidden: tuple[int, ...] = (256, 256, 256)
-    """widths of the classifier's hidden layers"""
-    base: Literal["prior", "normal", "mixture"] = "prior"
-    """the VAE's own prior, or a Normal or a mixture of Gaussians fitted to the aggregate posterior"""
     steps: int = 5000
     """optimiser steps"""
     batch_size: int = 512
@@ -116,14 +36,16 @@ class StageTwo:
     """steps; 20 times over the run by default"""
     patience: int | None = 5
     """validations without improvement before stopping; None never stops"""
-    log_z_samples: int = 100_000
-    """base draws for log Z"""
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_z_samples"):
+        for name in ("steps", "batch_size"):
             check_count(f"prior.{name}", getattr(self, name))
         check_positive("prior.lr", self.lr)
+
+    def options(self) -> dict[str, Any]:
+        """These settings as arguments of `fit_ncp` and `fit_hierarchical_ncp`."""
+        return {f.name: getattr(self, f.name) for f in fields(ClassifierTraining)}
 
 
 @dataclass(frozen=True)
@@ -164,15 +86,9 @@ class Recipe(ABC):
     batch_size: int = 128
     """of all processes together"""
     lr: float = 1e-3
-    """of Adam"""
-    weight_decay: float | None = None
-    """of AdamW, which then takes Adam's place"""
+    """of the optimiser"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """of the learning rate"""
-    kl_weight: float = 1.0
-    """β, on the KL term"""
-    critic: CriticSettings = field(default_factory=CriticSettings)
-    remedies: Remedies = field(default_factory=Remedies)
     validate_every: int | None = None
     """steps; 20 times over the run by default"""
     patience: int | None = None
@@ -180,7 +96,7 @@ class Recipe(ABC):
     seed: int = 0
     """governs all randomness of a run"""
     execution: Execution = field(default_factory=Execution)
-    prior: StageTwo = field(default_factory=StageTwo)
+    prior: ClassifierTraining = field(default_factory=ClassifierTraining)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
@@ -188,8 +104,9 @@ class Recipe(ABC):
             check_count(name, getattr(self, name))
         check_positive("lr", self.lr)
         for name in ("shape", "channels"):
-            if not getattr(self, name, (1,)) or min(getattr(self, name, (1,))) < 1:
-                raise ValueError(f"{name} must hold numbers ≥ 1, got {getattr(self, name)}")
+            sizes = getattr(self, name, (1,))
+            if isinstance(sizes, tuple) and (not sizes or min(sizes) < 1):
+                raise ValueError(f"{name} must hold numbers ≥ 1, got {sizes}")
 
     def load(self, folder: str | None = None) -> Dataset:
         """The data set, from that folder, `NCPVAE_DATA` or the hub."""
@@ -200,7 +117,7 @@ class Recipe(ABC):
         return torch.zeros(count, *self.shape)
 
     @abstractmethod
-    def vae(self, mean: Tensor | None = None) -> VAE:
+    def vae(self, mean: Tensor | None = None) -> nn.Module:
         """The untrained VAE.
 
         Args:
@@ -208,40 +125,28 @@ class Recipe(ABC):
         """
 
     @abstractmethod
-    def classifier(self) -> nn.Module:
-        """The untrained classifier z → log r."""
+    def objective(self, vae: Any) -> nn.Module:
+        """The loss of stage one for that VAE: a module x → named terms that holds all that is trained."""
+
+    @abstractmethod
+    def classifiers(self, vae: Any) -> list[nn.Module]:
+        """The untrained classifiers z_k → log r_k, one for each group of latent variables."""
 
     @abstractmethod
     def transform(self, x: Tensor, training: bool = True) -> Tensor:
         """Examples as they are stored → as the model sees them, on their device; augmented in training alone."""
 
-    def build_critic(self, vae: VAE) -> Critic | None:
-        """The untrained critic for that VAE, None without one; a neural one's x head is like the encoder."""
-        kind, settings = self.critic.kind, self.critic
-        if kind == "none":
-            return None
-        if kind == "self":
-            return SelfCritic(symmetric=settings.symmetric)
-        share = settings.share if kind == "hybrid" else 0
-        return HybridCritic(
-            vae, share, settings.hidden, settings.width, scale=settings.scale, symmetric=settings.symmetric
-        )
-
     def fitting(self) -> dict[str, Any]:
-        """How stage one is trained: arguments of `fit_vae`."""
+        """How stage one is trained: arguments of `fit_vae` and of `fit_hierarchical_vae`."""
         return {
             "steps": self.steps,
             "batch_size": self.batch_size,
             "lr": self.lr,
             "schedule": self.lr_schedule(),
-            "optimizer": None if self.weight_decay is None else adamw(self.weight_decay, self.lr),
-            "kl_weight": self.remedies.kl_weight(self.steps, self.kl_weight),
-            "critic_weight": self.critic.weight,
             "validate_every": self.validate_every,
             "patience": self.patience,
             "seed": self.seed,
             "execution": self.execution,
-            **self.remedies.options(),
         }
 
     def evaluation_transform(self, x: Tensor) -> Tensor:

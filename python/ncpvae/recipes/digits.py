@@ -8,13 +8,14 @@ from ..classifiers import MLPClassifier
 from ..distributions import BinomialLikelihood
 from ..priors import Normal
 from ..vae import VAE, ConvDecoder, ConvEncoder
-from .base import Evaluation, Recipe, StageTwo
+from .base import Evaluation
+from .single import StageTwo, VAERecipe
 
 LEVELS = 16  # a pixel counts the set ones among 4×4
 
 
 @dataclass(frozen=True)
-class Digits(Recipe):
+class Digits(VAERecipe):
     """scikit-learn's digits: real images that ship with a library, and seconds of training.
 
     No paper stands behind these numbers; they were chosen so that a minute on a CPU shows the whole method.

@@ -9,11 +9,12 @@ from ..classifiers import MLPClassifier
 from ..distributions import NormalLikelihood
 from ..priors import Normal
 from ..vae import VAE, MLPDecoder, MLPEncoder
-from .base import Evaluation, Recipe, StageTwo
+from .base import Evaluation
+from .single import StageTwo, VAERecipe
 
 
 @dataclass(frozen=True)
-class Gaussians(Recipe):
+class Gaussians(VAERecipe):
     """25 Gaussians on a grid: the prior hole in two dimensions.
 
     From Appendix I: the data, a 20-dimensional latent, encoder and decoder of four fully connected layers of 256,

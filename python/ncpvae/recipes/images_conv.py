@@ -10,11 +10,11 @@ from ..data import random_flip, scale
 from ..distributions import NormalLikelihood
 from ..priors import Normal
 from ..vae import VAE, ConvDecoder, ConvEncoder
-from .base import Recipe, StageTwo
+from .single import StageTwo, VAERecipe
 
 
 @dataclass(frozen=True)
-class ImagesConv(Recipe):
+class ImagesConv(VAERecipe):
     """Colour images, 5×5 stride-2 convolutions with BatchNorm: CelebA-64 as in Table 7, or your own `imagefolder:PATH`.
 
     From the public code of Ghosh et al. (2020), "From variational to deterministic autoencoders": encoder channels

@@ -12,11 +12,12 @@ from ..distributions import BernoulliLikelihood
 from ..priors import Normal
 from ..train.engine import Schedule
 from ..vae import VAE, MLPDecoder, MLPEncoder
-from .base import Evaluation, Recipe, StageTwo
+from .base import Evaluation
+from .single import StageTwo, VAERecipe
 
 
 @dataclass(frozen=True)
-class MnistMLP(Recipe):
+class MnistMLP(VAERecipe):
     """Dynamically binarised MNIST, fully connected: the setting in which LARS, SNIS and NCP are compared.
 
     From the public code of Lawson et al. (2019): latent 50, encoder and decoder 300-300 tanh, energy 100-100 tanh,

@@ -9,7 +9,8 @@ from ..data import binarize
 from ..distributions import BernoulliLikelihood
 from ..priors import Normal
 from ..vae import VAE, StackedConvDecoder, StackedConvEncoder
-from .base import CriticSettings, Evaluation, Recipe, StageTwo
+from .base import Evaluation
+from .single import CriticSettings, StageTwo, VAERecipe
 from .toy_gmm import STUDY
 
 #: (channels, kernel size, stride) of the encoder's convolutions
@@ -17,7 +18,7 @@ LAYERS = ((32, 3, 1), (64, 4, 2), (128, 4, 2), (256, 3, 2), (512, 2, 1))
 
 
 @dataclass(frozen=True)
-class OmniglotConv(Recipe):
+class OmniglotConv(VAERecipe):
     """Omniglot, five convolutions and their mirror image: the study's Table 2, and its critics.
 
     From the study and its public code: the convolutions, latent 32, a Bernoulli decoder, images binarised on the fly,

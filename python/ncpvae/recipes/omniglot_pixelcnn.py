@@ -9,12 +9,13 @@ from ..data import binarize
 from ..pixelcnn import PixelCNNLikelihood
 from ..priors import Normal
 from ..vae import VAE, MLPDecoder, StackedConvEncoder
-from .base import CriticSettings, Evaluation, Recipe, StageTwo
+from .base import Evaluation
 from .omniglot_conv import LAYERS
+from .single import CriticSettings, StageTwo, VAERecipe
 
 
 @dataclass(frozen=True)
-class OmniglotPixelCNN(Recipe):
+class OmniglotPixelCNN(VAERecipe):
     """Omniglot with a masked PixelCNN for decoder, which can do without z: the setting that critics were proposed in.
 
     The decoder's sizes stand in the public configuration of He et al. (2019), "Lagging inference networks and posterior

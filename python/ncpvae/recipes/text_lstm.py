@@ -14,14 +14,15 @@ from ..priors import Normal
 from ..text_vae import text_vae
 from ..train import Execution
 from ..vae import VAE
-from .base import CriticSettings, Evaluation, Recipe, StageTwo
+from .base import Evaluation
+from .single import CriticSettings, StageTwo, VAERecipe
 from .toy_gmm import STUDY
 
 FREQUENT = 1000  # words, by whose frequencies texts are compared: the ids begin with them
 
 
 @dataclass(frozen=True)
-class TextLSTM(Recipe):
+class TextLSTM(VAERecipe):
     """Documents of Yahoo's answers with one LSTM on either side: the study's Table 3, and its critics.
 
     From the study and the code of He et al. (2019) that it follows: embedding 512, hidden 1,024, latent 32, dropout ½

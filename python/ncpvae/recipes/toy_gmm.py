@@ -12,11 +12,12 @@ from ..distributions import NormalLikelihood
 from ..nn import mlp
 from ..priors import Normal
 from ..vae import VAE, MLPDecoder, MLPEncoder
-from .base import Evaluation, Recipe, StageTwo
+from .base import Evaluation
+from .single import StageTwo, VAERecipe
 
 
 @dataclass(frozen=True)
-class ToyGMM(Recipe):
+class ToyGMM(VAERecipe):
     """A mixture of ten Gaussians in 16 dimensions: the study's Table 1, and its critics.
 
     From the study and its public code: 20,000 points of each class, their means a random direction times U(0, 40),

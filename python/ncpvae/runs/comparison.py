@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..recipes import RECIPES
+from ..recipes import RECIPES, VAERecipe
 from ..report import Metric
 from ..report.content import flatten
-from .evaluation import AU, CAP, KL, MARGINAL_KL, MI, NLL, cautions, cell, read_evaluation, read_figures, table
+from .evaluation import cautions, cell, read_evaluation, read_figures, read_groups, table
+from .figures import AU, CAP, KL, MARGINAL_KL, MI, NLL
 from .folder import Run, as_json, open_run, write_json
 
 #: columns of the short table: title → names of a figure, the first that a run has being taken
@@ -67,7 +68,8 @@ def record(groups: list[Group]) -> dict[str, Any]:
                 "recipe": group.runs[0].name,
                 "runs": [
                     {"seed": run.recipe.seed, "settings": as_json(run.recipe), "environment": run.config["environment"],
-                     "stage_one": run.config.get("stage_one"), "figures": [asdict(f) for f in figures.values()]}
+                     "stage_one": run.config.get("stage_one"), "figures": [asdict(f) for f in figures.values()],
+                     "groups": [asdict(group) for group in read_groups(run)]}
                     for run, figures in zip(group.runs, group.figures, strict=True)
                 ],
             }
@@ -141,8 +143,9 @@ def short(groups: list[Group]) -> list[list[str]]:
 
 def _published(group: Group) -> dict[str, str]:
     """What the recipe's source says of such a model: its remedies are the recipe's, and its critic but for the kind."""
-    recipe = group.runs[0].recipe
-    own = RECIPES[group.runs[0].name]
+    recipe, own = group.runs[0].recipe, RECIPES[group.runs[0].name]
+    if not isinstance(recipe, VAERecipe) or not isinstance(own, VAERecipe):
+        return recipe.published()
     alike = replace(own.critic, kind=recipe.critic.kind) == recipe.critic and own.remedies == recipe.remedies
     return recipe.published() if alike else {}
 

@@ -5,34 +5,31 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _random, metrics
+from .. import metrics
 from .._files import read_json
 from ..distributions import normal_parameters
-from ..metrics import FeatureClassifier, InceptionFeatures, Likelihood
+from ..metrics import Likelihood
 from ..priors import NoiseContrastivePrior
 from ..recipes import Evaluation
-from ..report import Metric
+from ..report import GroupFigures, Metric
 from ..samplers import SIR, Diagnostics, Langevin
 from ..sharding import sample_sharded
 from ..train.execution import processes
 from ..vae import VAE
+from . import hierarchical
+from .figures import AU, CAP, JSD, KL, MARGINAL_KL, MI, compared_likelihoods, fidelity, finite, row
 from .folder import Run, as_json, environment, write_json
 from .sampling import decoded, from_base, has_mean
 
 FILE = "evaluation.json"
-MI, CAP, AU = "mutual information I(x; z)", "its cap, log N", "active units"
-KL, MARGINAL_KL = "KL(q(z|x) ‖ p(z))", "KL(q(z) ‖ p(z))"
 SIDES = {"base": "base", "ncp": "snis"}  # of a Metric, and the likelihood that stands there
 LANGEVIN, LANGEVIN_CHAINS = Langevin(1000, 1e-3), 1000  # in two dimensions, where they can be looked at
 MODES = "samples within 4σ of a mode"
-NLL, JSD = "test NLL, SNIS bound", "JSD(q(z) ‖ base)"  # the headlines
 
 
 def evaluate(
@@ -55,22 +52,15 @@ def evaluate(
     started, seed = time.perf_counter(), run.recipe.seed if seed is None else seed
     if evaluation is not None:
         run = replace(run, recipe=replace(run.recipe, evaluation=evaluation))
-    vae, prior = run.vae(), run.prior() if run.has_prior() else None
-    figures = likelihoods(run, vae, prior, seed)
-    figures += information(run, vae, seed)
-    if prior is not None:
-        figures += ratio(run)
-    base, ncp, diagnostics = drawn(run, vae, prior, seed)
-    if run.recipe.shape == (2,) and run.recipe.data == "gaussians":
-        figures += modes(run, vae, prior, base, ncp, seed)
-    figures += fidelity(run, vae, base, ncp, features, seed)
-    if diagnostics is not None:
-        ess, count = float(diagnostics.ess.mean()), diagnostics.num_proposals
-        how = f"mean over {len(base):,} samples, of {count:,} base draws each; seed {seed}"
-        figures.append(Metric("effective sample size", "draws", None, ess, None, protocol=how))
+    groups: list[GroupFigures] = []
+    if run.hierarchical:
+        figures, groups = hierarchical.measure(run, features, seed)
+    else:
+        figures = measure(run, features, seed)
     if processes().is_main_process:
         record = {
             "figures": [asdict(figure) for figure in figures],
+            **({"groups": [asdict(group) for group in groups]} if groups else {}),
             "seed": seed,
             "command": command,
             "of": weights_digest(run),
@@ -83,6 +73,25 @@ def evaluate(
         }
         write_json(run.folder / FILE, record)
     processes().wait_for_everyone()
+    return figures
+
+
+def measure(run: Run, features: str | None, seed: int) -> list[Metric]:
+    """The figures of a run of a VAE with one group of latent variables."""
+    vae, prior = run.vae(), run.prior() if run.has_prior() else None
+    figures = likelihoods(run, vae, prior, seed)
+    figures += information(run, vae, seed)
+    if prior is not None:
+        figures += ratio(run)
+    base, ncp, diagnostics = drawn(run, vae, prior, seed)
+    if run.recipe.shape == (2,) and run.recipe.data == "gaussians":
+        figures += modes(run, vae, prior, base, ncp, seed)
+    means = len(run.recipe.shape) != 3 or has_mean(vae)
+    figures += fidelity(run, means, base, ncp, features, seed)
+    if diagnostics is not None:
+        ess, count = float(diagnostics.ess.mean()), diagnostics.num_proposals
+        how = f"mean over {len(base):,} samples, of {count:,} base draws each; seed {seed}"
+        figures.append(Metric("effective sample size", "draws", None, ess, None, protocol=how))
     return figures
 
 
@@ -114,6 +123,15 @@ def read_figures(run: Run) -> list[Metric]:
         raise ValueError(f"{path} does not hold figures: {error}") from error
 
 
+def read_groups(run: Run) -> list[GroupFigures]:
+    """The figures of the groups of a hierarchical VAE; none where it has not been evaluated."""
+    record = read_evaluation(run) or {}
+    try:
+        return [GroupFigures(**figures) for figures in record.get("groups", [])]
+    except TypeError as error:
+        raise ValueError(f"{run.folder / FILE} does not hold figures of groups: {error}") from error
+
+
 def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: int) -> list[Metric]:
     """Importance-weighted negative log-likelihood of the test examples by the same draws for all priors."""
     e = run.recipe.evaluation
@@ -140,33 +158,14 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
         "snis": f"by the SNIS bound with {e.snis_proposals:,} proposals, shared between examples of a chunk",
     }
     rows = [] if run.dataset.lengths is None else [perplexities(run, nll, protocol, ways["snis"])]
-    base = {"base": nll["base"].nll, "base_error": nll["base"].standard_error}
-    name, unit = "test NLL", f"nats per {'image' if len(run.recipe.shape) == 3 else 'example'}"
+    unit = f"nats per {'image' if len(run.recipe.shape) == 3 else 'example'}"
+    rows += compared_likelihoods(nll, unit, protocol, ways)
     if prior is None:
-        return [Metric(name, unit, ncp=None, lower_is_better=True, protocol=protocol, **base), *rows]
-    gains = {key: nll["base"].per_example - nll[key].per_example for key in ways}
-    spreads = {key: float(g.std()) / math.sqrt(len(g)) if len(g) > 1 else None for key, g in gains.items()}
-    rows += [
-        Metric(
-            NLL if key == "snis" else "test NLL, log Ẑ",
-            unit,
-            ncp=nll[key].nll,
-            lower_is_better=True,
-            ncp_error=nll[key].standard_error,
-            protocol=f"{protocol}; NCP {how}; compared example by example",
-            difference_error=spreads[key],
-            **base,
-        )
-        for key, how in ways.items()
-    ]
-    gain, spread = gains["snis"], spreads["snis"]
-    name, how = "gain per example, SNIS bound", "base NLL − NCP NLL, paired by example"
-    rows.append(
-        Metric(name, unit, base=None, ncp=float(gain.mean()), lower_is_better=None, ncp_error=spread, protocol=how)
-    )
-    if run.recipe.prior.base != "prior":
+        return rows
+    if run.vae_recipe.prior.base != "prior":
         own, how = nll["own base"], f"{protocol}; in the NCP column the refitted base, before any reweighting"
         name = "test NLL of the refitted base"
+        base = {"base": nll["base"].nll, "base_error": nll["base"].standard_error}
         rows.append(
             Metric(name, unit, ncp=own.nll, lower_is_better=True, ncp_error=own.standard_error, protocol=how, **base)
         )
@@ -184,15 +183,15 @@ def information(run: Run, vae: VAE, seed: int) -> list[Metric]:
     dimensions, minibatch = found.mean[0].numel(), min(run.recipe.batch_size, len(found))
     how = f"{mi.protocol}; seed {seed}"
     rows = [
-        Metric(MI, "nats", mi.value, None, None, _finite(mi.standard_error), protocol=how),
+        Metric(MI, "nats", mi.value, None, None, finite(mi.standard_error), protocol=how),
         Metric(CAP, "nats", mi.log_n, None, None, protocol=f"no estimate over {len(found):,} examples can exceed it"),
         Metric(AU, f"of {dimensions}", float(units.count), None, None, protocol=units.protocol),
     ]
     if normal_parameters(prior) is not None:
         kl = metrics.kl_per_dimension(found, prior)
-        rows.append(Metric(KL, "nats", kl.total, None, None, _finite(kl.standard_error), protocol=kl.protocol))
+        rows.append(Metric(KL, "nats", kl.total, None, None, finite(kl.standard_error), protocol=kl.protocol))
     assert mi.marginal_kl is not None
-    error = _finite(mi.marginal_kl_standard_error)
+    error = finite(mi.marginal_kl_standard_error)
     rows.append(Metric(MARGINAL_KL, "nats", mi.marginal_kl, None, None, error, protocol=f"{how}; too high at the cap"))
     if minibatch < 2:
         return rows
@@ -205,17 +204,13 @@ def information(run: Run, vae: VAE, seed: int) -> list[Metric]:
     return [*rows, Metric(name, f"of {dimensions}", float(std.count), None, None, protocol=note + std.protocol)]
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def perplexities(run: Run, nll: dict[str, Likelihood], protocol: str, how: str) -> Metric:
     """Of text: exp of the nats per word, `<eos>` counted as one and `<bos>` not."""
     assert run.dataset.lengths is not None
     words = run.dataset.lengths.test[: run.recipe.evaluation.test_examples] - 1
     found = {side: metrics.perplexity(nll[key].per_example, words) for side, key in SIDES.items() if key in nll}
     protocol = f"{found['base'].protocol}; {protocol}; NCP {how}"
-    return _row("perplexity", "", found, "value", True, protocol, "standard_error")
+    return row("perplexity", "", found, "value", True, protocol, "standard_error")
 
 
 def ratio(run: Run) -> list[Metric]:
@@ -229,9 +224,9 @@ def ratio(run: Run) -> list[Metric]:
     held_out = f"on held-out draws after {result['best_step']:,} steps"
     draws = f"{log_z['num_samples']:,} base draws, ESS {log_z['ess']:,.0f}"
     loss, accuracy = "classifier's loss", "classifier's accuracy"
-    refitted = run.recipe.prior.base != "prior"
+    refitted = run.vae_recipe.prior.base != "prior"
     hole = {"base": None, "ncp": result["jsd"]} if refitted else {"base": result["jsd"], "ncp": None}
-    named = f"JSD(q(z) ‖ {run.recipe.prior.base} fitted to q(z))" if refitted else JSD
+    named = f"JSD(q(z) ‖ {run.vae_recipe.prior.base} fitted to q(z))" if refitted else JSD
     return [
         Metric(named, "nats, ≤ 0.693", **hole, lower_is_better=None, protocol=f"lower bound {held_out}"),
         Metric(loss, "nats, 1.386 where they agree", None, result["loss"], None, protocol=held_out),
@@ -277,69 +272,6 @@ def drawn(
         return base, None, None
     result = sample_sharded(prior(), e.samples, SIR(e.sir_proposals), seed)
     return base, decoded(run, vae, result.z, seed), result.diagnostics
-
-
-def fidelity(run: Run, vae: VAE, base: Tensor, ncp: Tensor | None, features: str | None, seed: int) -> list[Metric]:
-    """Distances between samples and test examples, density and coverage, and the memorisation check."""
-    dataset, e = run.dataset, run.recipe.evaluation
-    scale = dataset.levels or 1
-    sides = {"base": base, "ncp": ncp}
-    means = len(run.recipe.shape) != 3 or has_mean(vae)
-    with _random.scoped(seed):  # draws of binary pixels are compared with data binarised alike
-        test, train = (
-            part.float() / scale if means else run.recipe.pictures(run.recipe.evaluation_transform(part))
-            for part in (dataset.splits.test, dataset.splits.train)
-        )
-    extractor = None if len(run.recipe.shape) != 3 else _extractor(features, run)
-
-    def space(x: Tensor) -> Any:
-        x = run.recipe.comparable(x)
-        return x if extractor is None else metrics.extract_features(x, extractor, device=run.device)
-
-    where = run.recipe.comparable_in if extractor is None else str(extractor.name)
-    if len(run.recipe.shape) == 3:
-        where += ", samples being " + (
-            "the decoder's means, which are smoother than data" if means else "draws, as data"
-        )
-    where += f"; seed {seed}"
-    some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[: e.samples]
-    real, known = space(test), space(train)
-    part = real[some] if isinstance(real, Tensor) else replace(real, values=real.values[some])
-    found = {side: space(x) for side, x in sides.items() if x is not None}
-    rows: list[Metric] = []
-    if extractor is not None:
-        subset = min(1000, len(test) // 2, e.samples // 2)
-        for distance in (metrics.frechet_distance, partial(metrics.kernel_distance, subset_size=subset)):
-            both = {side: distance(real, x) for side, x in found.items()}
-            how = f"{both['base'].protocol}; {where}"
-            rows.append(_row(both["base"].name, "", both, "value", True, how, "standard_error"))
-    cover = {side: metrics.density_coverage(part, x, device=run.device) for side, x in found.items()}
-    for name in ("density", "coverage"):
-        rows.append(_row(name, "", cover, name, False, f"{cover['base'].protocol}; {where}"))
-    copies = {side: metrics.memorization(x, known, part, device=run.device) for side, x in found.items()}
-    meaning = "; ".join(f"{'NCP' if side == 'ncp' else side}: {m.meaning}" for side, m in copies.items())
-    rows.append(
-        _row("memorisation C_T", "", copies, "statistic", None, f"{copies['base'].protocol}; {where}; {meaning}")
-    )
-    return rows
-
-
-def _row(
-    name: str, unit: str, both: dict[str, Any], field: str, lower: bool | None, protocol: str, error: str | None = None
-) -> Metric:
-    values = {side: float(getattr(m, field)) for side, m in both.items()}
-    errors = {side: float(getattr(m, error)) for side, m in both.items()} if error else {}
-    errors = {side: value for side, value in errors.items() if math.isfinite(value)}
-    return Metric(name, unit, values["base"], values.get("ncp"), lower, errors.get("base"), errors.get("ncp"), protocol)
-
-
-def _extractor(features: str | None, run: Run) -> torch.nn.Module | None:
-    if features is None:
-        return None
-    kind, _, file = features.partition(":")
-    if kind == "inception":
-        return InceptionFeatures(file or None).to(run.device)
-    return FeatureClassifier.from_pretrained(Path(features)).to(run.device)
 
 
 def cautions(run: Run) -> list[str]:

@@ -3,10 +3,11 @@
 RUN/config.json          recipe, its settings, data, versions, commands
 RUN/metrics.jsonl        stage one as it went
 RUN/checkpoints/         its resume state
-RUN/vae/                 the VAE: config.json and model.safetensors (`VAE.from_pretrained`)
+RUN/vae/                 the VAE: config.json and model.safetensors (`VAE.from_pretrained`, `NVAE.from_pretrained`)
 RUN/vocabulary.json      of text, the word of each id
 RUN/critic/              the contrastive critic's weights, where one was trained with it
-RUN/prior/               stage two: metrics.jsonl, checkpoints/, model/ (`NoiseContrastivePrior.from_pretrained`)
+RUN/prior/               stage two: metrics.jsonl, checkpoints/, model/ (`NoiseContrastivePrior.from_pretrained`;
+                         `HierarchicalNCP.from_pretrained`, which has the VAE in it)
 RUN/samples/             pictures, and the tensors they show
 RUN/evaluation.json      figures, each with its protocol
 RUN/report.html          all of it on one page
@@ -30,8 +31,9 @@ from torch import Tensor
 from .. import _random, data
 from .._files import load_weights, read_json, write_atomic
 from ..critics import Critic
-from ..priors import NoiseContrastivePrior
-from ..recipes import RECIPES, Recipe, from_dict
+from ..nvae import NVAE
+from ..priors import HierarchicalNCP, NoiseContrastivePrior
+from ..recipes import RECIPES, HierarchicalRecipe, Recipe, VAERecipe, from_dict
 from ..train.execution import processes
 from ..vae import VAE
 
@@ -79,11 +81,42 @@ class Run:
             )
         return dataset
 
-    def vae(self) -> VAE:
-        """The trained VAE, in eval mode on the run's device."""
+    @property
+    def hierarchical(self) -> bool:
+        """Whether the run's VAE has groups of latent variables, each with a prior of its own."""
+        return isinstance(self.recipe, HierarchicalRecipe)
+
+    @property
+    def vae_recipe(self) -> VAERecipe:
+        """The recipe of a VAE with one group of latent variables; ValueError for another."""
+        if not isinstance(self.recipe, VAERecipe):
+            raise ValueError(f"run {self.folder} must have a VAE with one group of latent variables, got {self.name}")
+        return self.recipe
+
+    @property
+    def hierarchical_recipe(self) -> HierarchicalRecipe:
+        """The recipe of a hierarchical VAE; ValueError for another."""
+        if not isinstance(self.recipe, HierarchicalRecipe):
+            raise ValueError(f"run {self.folder} must have a hierarchical VAE, got {self.name}")
+        return self.recipe
+
+    def nvae(self) -> NVAE:
+        """The trained hierarchical VAE, in eval mode on the run's device."""
+        recipe = self.hierarchical_recipe
+        vae = NVAE.from_pretrained(self._trained())
+        if vae.shape != recipe.shape:
+            raise ValueError(f"{self.folder / 'vae'} is not of this run: it makes {vae.shape}, not {recipe.shape}")
+        return vae.to(self.device)
+
+    def _trained(self) -> Path:
         if not (self.folder / "vae").is_dir():
             raise OSError(f"run {self.folder} has no trained VAE yet: finish it with --resume auto")
-        vae = VAE.from_pretrained(self.folder / "vae")
+        return self.folder / "vae"
+
+    def vae(self) -> VAE:
+        """The trained VAE with one group of latent variables, in eval mode on the run's device."""
+        _ = self.vae_recipe
+        vae = VAE.from_pretrained(self._trained())
         try:
             with torch.no_grad(), _random.scoped(0):
                 shape = tuple(vae.decode(vae.prior_distribution().sample((1,))).event_shape)
@@ -95,7 +128,7 @@ class Run:
 
     def critic(self, vae: VAE) -> Critic | None:
         """The critic that was trained with the run's VAE, in eval mode on the run's device; None without one."""
-        critic = self.recipe.build_critic(vae)
+        critic = self.vae_recipe.build_critic(vae)
         if critic is None:
             return None
         file = self.folder / "critic" / "model.safetensors"
@@ -110,13 +143,25 @@ class Run:
 
     def prior(self) -> NoiseContrastivePrior:
         """The trained noise contrastive prior, in eval mode on the run's device."""
-        if not self.has_prior():
-            raise OSError(f"run {self.folder} has no noise contrastive prior yet: ncpvae fit-prior {self.folder}")
-        prior = NoiseContrastivePrior.from_pretrained(self.prior_folder / "model").to(self.device)
+        prior = NoiseContrastivePrior.from_pretrained(self._fitted()).to(self.device)
         own, theirs = (tuple(p.event_shape) for p in (prior.base_distribution(), self.vae().prior_distribution()))
         if own != theirs:
             raise ValueError(f"{self.prior_folder / 'model'} is a prior of {own}, and the VAE has codes of {theirs}")
         return prior
+
+    def hierarchical_prior(self) -> HierarchicalNCP:
+        """The trained noise contrastive prior of a hierarchical VAE, with the VAE, on the run's device."""
+        shapes = [group.shape for group in self.nvae().groups]
+        prior = HierarchicalNCP.from_pretrained(self._fitted()).to(self.device)
+        own = [group.shape for group in prior.groups]
+        if own != shapes:
+            raise ValueError(f"{self.prior_folder / 'model'} is a prior of {own}, and the VAE has codes of {shapes}")
+        return prior
+
+    def _fitted(self) -> Path:
+        if not self.has_prior():
+            raise OSError(f"run {self.folder} has no noise contrastive prior yet: ncpvae fit-prior {self.folder}")
+        return self.prior_folder / "model"
 
     def update(self, **entries: Any) -> None:
         """Put entries into `config.json`, keeping the others."""

@@ -1,6 +1,7 @@
 """A run collected for its page, `RUN/report.html`."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from ..samplers import SIR
 from ..sharding import sample_sharded
 from ..train.log import read_metrics
 from ..vae import VAE
-from .evaluation import JSD, NLL, cautions, read_evaluation, read_figures
+from . import hierarchical
+from .evaluation import cautions, read_evaluation, read_figures, read_groups
+from .figures import JSD, NLL
 from .folder import Run, as_json
 from .sampling import ROWS_AT_ONCE, decoded, from_base, reconstructions_of
 
@@ -24,9 +27,7 @@ RECONSTRUCTIONS = 16
 
 def report(run: Run) -> Path:
     """Write the page of a run from what is in its folder, with fresh samples; `ncpvae evaluate` adds the figures."""
-    vae, prior = run.vae(), run.prior() if run.has_prior() else None
     recipe, config, seed, settings = run.recipe, run.config, run.recipe.seed, as_json(run.recipe)
-    drawable = len(recipe.shape) == 3 or recipe.shape == (2,)
     evaluation = read_evaluation(run)
     figures = [] if evaluation is None else read_figures(run)
     notes = [f"Data: {config.get('data', {}).get('source', recipe.data)}.", *cautions(run)]
@@ -38,18 +39,7 @@ def report(run: Run) -> Path:
         surroundings |= {f"evaluation's {key}": str(value) for key, value in evaluation["environment"].items()}
         surroundings["evaluation's seed"] = str(evaluation["seed"])
         settings["evaluation"] = evaluation["settings"]["evaluation"]
-    if recipe.prior.base != "prior":
-        notes.append(
-            f"The classifier reweights a base of its own, {recipe.prior.base} fitted to q(z): log-weights and "
-            "effective sample sizes are those of its draws. In samples and latent space p(z) is the VAE's prior."
-        )
-    samples: list[Samples] = []
-    ess, neighbours = None, None
-    if prior is not None and drawable:
-        samples, ess, neighbours = sample_grids(run, vae, prior)
-    elif prior is not None:
-        sampler = SIR(recipe.evaluation.sir_proposals)
-        ess = sample_sharded(prior(), recipe.evaluation.pictures, sampler, seed).diagnostics.ess.cpu()
+    parts = hierarchical_parts(run) if run.hierarchical else parts_of(run, notes)
     page = ReportData(
         title=f"{run.name}: {run.folder.resolve().name}",
         summary=summary(run, figures),
@@ -57,21 +47,66 @@ def report(run: Run) -> Path:
         settings=settings,
         environment=surroundings,
         curves=curves(run),
-        samples=samples,
-        reconstructions=reconstructions_of(run, vae, run.dataset.splits.test[:RECONSTRUCTIONS]) if drawable else None,
-        neighbours=neighbours,
-        log_weights=None if prior is None else log_weights(run, prior),
-        ess=ess,
-        num_proposals=None if ess is None else recipe.evaluation.sir_proposals,
-        latents=latents(run, vae, prior),
         metrics=figures,
         notes=notes,
+        **parts,
     )
     path = run.folder / "report.html"
     with ranks().failing_together("report"):
         if rank() == 0:
             write_report(page, path)
     return path
+
+
+def parts_of(run: Run, notes: list[str]) -> dict[str, Any]:
+    """What the page of a VAE with one group of latent variables shows; what has to be said of it goes to `notes`."""
+    vae, prior, recipe = run.vae(), run.prior() if run.has_prior() else None, run.vae_recipe
+    if recipe.prior.base != "prior":
+        notes.append(
+            f"The classifier reweights a base of its own, {recipe.prior.base} fitted to q(z): log-weights and "
+            "effective sample sizes are those of its draws. In samples and latent space p(z) is the VAE's prior."
+        )
+    drawable = len(recipe.shape) == 3 or recipe.shape == (2,)
+    test = run.dataset.splits.test[:RECONSTRUCTIONS]
+    samples: list[Samples] = []
+    ess, neighbours = None, None
+    if prior is not None and drawable:
+        samples, ess, neighbours = sample_grids(run, vae, prior)
+    elif prior is not None:
+        sampler = SIR(recipe.evaluation.sir_proposals)
+        ess = sample_sharded(prior(), recipe.evaluation.pictures, sampler, recipe.seed).diagnostics.ess.cpu()
+    return {
+        "samples": samples,
+        "reconstructions": reconstructions_of(run, vae, test) if drawable else None,
+        "neighbours": neighbours,
+        "log_weights": None if prior is None else log_weights(run, prior),
+        "ess": ess,
+        "num_proposals": None if ess is None else recipe.evaluation.sir_proposals,
+        "latents": latents(run, vae, prior),
+    }
+
+
+def hierarchical_parts(run: Run) -> dict[str, Any]:
+    """What the page of a hierarchical VAE shows."""
+    vae, prior = run.nvae(), run.hierarchical_prior() if run.has_prior() else None
+    e, seed = run.recipe.evaluation, run.recipe.seed
+    samples: list[Samples] = []
+    neighbours = None
+    for temperature in dict.fromkeys((1.0, *e.temperatures)):
+        if prior is None:
+            break
+        base = hierarchical.draw(run, vae, e.pictures, None, temperature, seed)
+        ncp = hierarchical.draw(run, prior, e.pictures, SIR(e.sir_proposals), temperature, seed)
+        samples.append(Samples(temperature, base.x, ncp.x))
+        if temperature == 1.0:
+            neighbours = nearest_training(run, ncp.x[: 2 * RECONSTRUCTIONS])
+    return {
+        "samples": samples,
+        "reconstructions": hierarchical.reconstructions_of(run, vae, run.dataset.splits.test[:RECONSTRUCTIONS]),
+        "neighbours": neighbours,
+        "groups": read_groups(run),
+        "num_proposals": None if prior is None else e.sir_proposals,
+    }
 
 
 def summary(run: Run, figures: list[Metric]) -> str:

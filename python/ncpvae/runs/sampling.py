@@ -13,15 +13,19 @@ from .. import _random, plots
 from .._files import atomic_file, write_atomic
 from ..data import load_vocabulary, to_text
 from ..distributions import temper
+from ..hierarchy import readjust_batch_norm
 from ..metrics import nearest_neighbours
+from ..priors import HierarchicalNCP
 from ..samplers import SIR, Langevin, Sampler, SampleResult
 from ..sharding import sample_sharded
 from ..text_vae import TextLikelihood
 from ..train.execution import check_count, processes
 from ..vae import VAE
+from . import hierarchical
 from .folder import Run
 
 ROWS_AT_ONCE = 256
+READJUSTING = 32  # images in each draw for BatchNorm
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,20 @@ class Sampling:
     langevin_steps: int = 1000
     """of Langevin dynamics"""
     step_size: float = 1e-2
-    """of Langevin dynamics, in squared units of z"""
+    """of Langevin dynamics, in squared units of z, or of ε"""
+    space: Literal["z", "epsilon"] = "z"
+    """of Langevin dynamics; in that of ε, z = μ + σε, the base's σ scales out"""
+    min_ess: float | None = None
+    """go on with SIR's proposals until every sample has this effective sample size, up to 100 times as many"""
+    batch_norm_draws: int = 0
+    """of a hierarchical VAE at the temperature, which BatchNorm's statistics are taken from first; NVAE takes 500"""
 
     def build(self, run: Run) -> Sampler:
         if self.proposals is not None:
             check_count("proposals", self.proposals)
         if self.sampler == "langevin":
-            return Langevin(self.langevin_steps, self.step_size)
-        return SIR(self.proposals or run.recipe.evaluation.sir_proposals)
+            return Langevin(self.langevin_steps, self.step_size, self.space)
+        return SIR(self.proposals or run.recipe.evaluation.sir_proposals, min_ess=self.min_ess)
 
 
 @torch.no_grad()
@@ -86,7 +96,7 @@ def sample(
     base: bool = False,
     seed: int = 0,
     output: Path | None = None,
-) -> tuple[Path, SampleResult | None]:
+) -> tuple[Path, SampleResult | hierarchical.Draws | None]:
     """Draw `num` samples, shared out over the processes there are; write z and x, and a picture of the first.
 
     Args:
@@ -99,36 +109,64 @@ def sample(
         output: a `.safetensors` file; `RUN/samples/…` by default. The picture lies beside it.
 
     Returns:
-        The file, and the sampler's result with its diagnostics, None for the base.
+        The file, and the sampler's result with its diagnostics, None for the base of a VAE with one group of latents.
     """
     check_count("count", num)
     if output is not None and output.suffix != ".safetensors":
         raise ValueError(f"sample: output must be a .safetensors file, got {output}")
+    name = "base" if base else sampling.sampler
+    path = output or run.folder / "samples" / f"{name}-temperature-{temperature:g}-seed-{seed}.safetensors"
+    if run.hierarchical:
+        draws = _walked(run, num, sampling, temperature, base, seed)
+        _keep(
+            run, path, {f"z_{k + 1}": z for k, z in enumerate(draws.z)}, draws.x, f"{name}, temperature {temperature:g}"
+        )
+        return path, draws
+    if sampling.batch_norm_draws:
+        raise ValueError(f"sample: batch_norm_draws must be 0 for {run.name}, got {sampling.batch_norm_draws}")
     vae, result = run.vae(), None
     if base:
         z = from_base(vae.prior_distribution(), num, seed, temperature)
     else:
         result = sample_sharded(run.prior()().tempered(temperature), num, sampling.build(run), seed)
         z = result.z
-    name = "base" if base else sampling.sampler
-    path = output or run.folder / "samples" / f"{name}-temperature-{temperature:g}-seed-{seed}.safetensors"
-    x = decoded(run, vae, z, seed)
-    if processes().is_main_process:
-        _write(path, {"z": z.cpu(), "x": x})
-        show(run, path, [(f"{name}, temperature {temperature:g}", x[:100])])
-    processes().wait_for_everyone()
+    _keep(run, path, {"z": z.cpu()}, decoded(run, vae, z, seed), f"{name}, temperature {temperature:g}")
     return path, result
+
+
+def _walked(run: Run, num: int, sampling: Sampling, temperature: float, base: bool, seed: int) -> hierarchical.Draws:
+    """`sample` for a hierarchical VAE."""
+    model = run.nvae() if base else run.hierarchical_prior()
+    if sampling.batch_norm_draws:
+        vae = model.vae if isinstance(model, HierarchicalNCP) else model
+        readjust_batch_norm(vae, READJUSTING, temperature=temperature, draws=sampling.batch_norm_draws, generator=seed)
+    return hierarchical.draw(run, model, num, sampling.build(run), temperature, seed)
+
+
+def _keep(run: Run, path: Path, z: dict[str, Tensor], x: Tensor, title: str) -> None:
+    """The main process writes latents and pictures, and shows the first of these."""
+    if processes().is_main_process:
+        _write(path, {**z, "x": x})
+        show(run, path, [(title, x[:100])])
+    processes().wait_for_everyone()
 
 
 @torch.no_grad()
 def reconstruct(run: Run, num: int, output: Path | None = None) -> Path:
     """The first `num` test examples, and the decoder's mean at their codes' mean."""
     check_count("count", num)
-    originals, reconstructions = reconstructions_of(run, run.vae(), run.dataset.splits.test[:num])
+    originals, reconstructions = reconstructed(run, run.dataset.splits.test[:num])
     path = output or run.folder / "samples" / "reconstructions.safetensors"
     _write(path, {"x": originals, "reconstruction": reconstructions})
     show(run, path, [("test examples", originals[:100]), ("reconstructions", reconstructions[:100])])
     return path
+
+
+def reconstructed(run: Run, examples: Tensor) -> tuple[Tensor, Tensor]:
+    """Examples as they are stored [N, …] → the same as pictures, and their reconstructions by the run's VAE."""
+    if run.hierarchical:
+        return hierarchical.reconstructions_of(run, run.nvae(), examples)
+    return reconstructions_of(run, run.vae(), examples)
 
 
 @torch.no_grad()

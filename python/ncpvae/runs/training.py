@@ -15,10 +15,20 @@ from .. import _random
 from .._distributed import rank, ranks
 from .._files import atomic_file
 from ..data import Dataset, save_vocabulary
-from ..objectives import VAELoss
-from ..priors import GaussianMixture, NoiseContrastivePrior, Normal
-from ..recipes import Recipe, StageTwo, initialised
-from ..train import NCPResult, TrainResult, fit_ncp, fit_vae
+from ..metrics import hierarchical_log_normalizer
+from ..pretrained import Pretrained
+from ..priors import GaussianMixture, HierarchicalNCP, NoiseContrastivePrior, Normal
+from ..recipes import HierarchicalRecipe, Recipe, VAERecipe, initialised
+from ..recipes.base import ClassifierTraining
+from ..train import (
+    HierarchicalNCPResult,
+    NCPResult,
+    TrainResult,
+    fit_hierarchical_ncp,
+    fit_hierarchical_vae,
+    fit_ncp,
+    fit_vae,
+)
 from ..train.execution import processes
 from ..vae import VAE
 from .folder import Run, as_json, new_run, open_run, write_json
@@ -60,20 +70,22 @@ def train(
     examples, validation = placed(dataset.splits.train, run.device), placed(dataset.splits.validation, run.device)
     mean = None if dataset.kind == "text" else mean_of(dataset)
     vae = initialised(recipe.seed, lambda: recipe.vae(mean)).to(run.device)
-    critic = initialised(recipe.seed, lambda: recipe.build_critic(vae), part=1)
-    result = fit_vae(
-        vae,
-        examples,
-        validation=validation,
-        transform=recipe.transform,
-        validation_transform=recipe.evaluation_transform,
-        critic=None if critic is None else critic.to(run.device),
+    common: dict[str, Any] = {
+        "validation": validation,
+        "transform": recipe.transform,
+        "validation_transform": recipe.evaluation_transform,
         **recipe.fitting(),
-        folder=folder,
-        resume=resume,
-        settings={"recipe": name, "data": recipe.data},
-        progress=progress,
-    )
+        "folder": folder,
+        "resume": resume,
+        "settings": {"recipe": name, "data": recipe.data},
+        "progress": progress,
+    }
+    critic = None
+    if isinstance(recipe, VAERecipe):
+        critic = initialised(recipe.seed, lambda: recipe.build_critic(vae), part=1)
+        result = fit_vae(vae, examples, critic=None if critic is None else critic.to(run.device), **common)
+    else:
+        result = fit_hierarchical_vae(vae, examples, **common)
     if processes().is_main_process:
         vae.save_pretrained(folder / "vae")
         if dataset.vocabulary is not None:
@@ -91,12 +103,12 @@ def train(
 
 def fit_prior(
     run: Run,
-    stage: StageTwo | None = None,
+    stage: ClassifierTraining | None = None,
     command: str = "",
     resume: str = "never",
     overwrite: bool = False,
     progress: bool = True,
-) -> NCPResult:
+) -> NCPResult | HierarchicalNCPResult:
     """Stage two: train a noise contrastive prior for the run's VAE and save it as `prior/model/`.
 
     Args:
@@ -107,52 +119,67 @@ def fit_prior(
         overwrite: delete the prior that the run has, and its checkpoints.
         progress: show a progress bar.
     """
+    if stage is not None and type(stage) is not type(run.recipe.prior):
+        raise TypeError(f"fit_prior: stage must be {type(run.recipe.prior).__name__}, got {type(stage).__name__}")
     recipe = run.recipe if stage is None else replace(run.recipe, prior=stage)
-    stage = recipe.prior
-    dataset, vae = run.dataset, run.vae()
+    dataset, vae = run.dataset, run.nvae() if run.hierarchical else run.vae()
     if overwrite and processes().is_main_process:
         shutil.rmtree(run.prior_folder, ignore_errors=True)
     processes().wait_for_everyone()
     examples, validation = (placed(part, run.device) for part in dataset.splits[:2])
-    base = base_prior(vae, recipe, examples)
-    classifier = initialised(recipe.seed, recipe.classifier)
-    prior = NoiseContrastivePrior(base, classifier).to(run.device)
     times = -(-MIN_VALIDATION // len(validation))
-    result = fit_ncp(
-        prior,
-        vae=vae,
-        data=examples,
-        validation=validation.repeat_interleave(times, 0),
-        transform=recipe.transform,
-        validation_transform=recipe.evaluation_transform,
-        steps=stage.steps,
-        batch_size=stage.batch_size,
-        lr=stage.lr,
-        schedule=stage.schedule,
-        label_smoothing=stage.label_smoothing,
-        validate_every=stage.validate_every,
-        patience=stage.patience,
-        seed=recipe.seed,
-        execution=stage.execution,
-        folder=run.prior_folder,
-        resume=resume,
-        settings={"recipe": run.name, "base": stage.base},
-        progress=progress,
-    )
-    with _random.scoped(recipe.seed):
-        log_z = prior.estimate_log_normalizer(stage.log_z_samples, distributed=True)
+    common: dict[str, Any] = {
+        "data": examples,
+        "validation": validation.repeat_interleave(times, 0),
+        "transform": recipe.transform,
+        "validation_transform": recipe.evaluation_transform,
+        **recipe.prior.options(),
+        "seed": recipe.seed,
+        "folder": run.prior_folder,
+        "resume": resume,
+        "progress": progress,
+    }
+    fit = _fit_groups if isinstance(recipe, HierarchicalRecipe) else _fit_one
+    prior, result, log_z = fit(replace(run, recipe=recipe), vae, common)
     figures = {key: value for key, value in dataclasses.asdict(result).items() if key != "history"}
     if processes().is_main_process:
-        protocol = {"recipe": run.name, "data": dataset.source, "settings": as_json(stage), **figures}
+        protocol = {"recipe": run.name, "data": dataset.source, "settings": as_json(recipe.prior), **figures}
         prior.save_pretrained(run.prior_folder / "model", protocol=protocol)
-        write_json(run.prior_folder / "result.json", {**figures, "log_normalizer": log_z._asdict()})
+        write_json(run.prior_folder / "result.json", {**figures, "log_normalizer": log_z})
         commands = run.config["commands"]
         run.update(settings=as_json(recipe), commands=[*commands, *([command] if command not in commands else [])])
     processes().wait_for_everyone()
     return result
 
 
-def base_prior(vae: VAE, recipe: Recipe, examples: Tensor) -> nn.Module | Distribution:
+def _fit_one(run: Run, vae: Any, common: dict[str, Any]) -> tuple[Pretrained, NCPResult, dict[str, Any]]:
+    """The classifier of a VAE with one group of latent variables, and log Z."""
+    recipe = run.vae_recipe
+    base = base_prior(vae, recipe, common["data"])
+    prior = NoiseContrastivePrior(base, initialised(recipe.seed, recipe.classifier)).to(run.device)
+    settings = {"recipe": run.name, "base": recipe.prior.base}
+    result = fit_ncp(prior, vae=vae, settings=settings, **common)
+    with _random.scoped(recipe.seed):
+        log_z = prior.estimate_log_normalizer(recipe.prior.log_z_samples, distributed=True)
+    return prior, result, log_z._asdict()
+
+
+def _fit_groups(run: Run, vae: Any, common: dict[str, Any]) -> tuple[Pretrained, HierarchicalNCPResult, dict[str, Any]]:
+    """The classifiers of all groups of a hierarchical VAE, and log Z of their joint density."""
+    recipe = run.hierarchical_recipe
+    stage = recipe.prior
+    classifiers = initialised(recipe.seed, lambda: recipe.classifiers(vae))
+    prior = HierarchicalNCP(vae, classifiers, stage.min_jsd).to(run.device)
+    settings = {"recipe": run.name}
+    result = fit_hierarchical_ncp(prior, shard_groups=stage.shard_groups, settings=settings, **common)
+    log_z = hierarchical_log_normalizer(
+        prior, stage.log_z_samples, stage.log_z_repeats, seed=recipe.seed, distributed=True
+    )
+    repeat_std = log_z.repeat_std if stage.log_z_repeats > 1 else None
+    return prior, result, log_z._asdict() | {"repeats": log_z.repeats.tolist(), "repeat_std": repeat_std}
+
+
+def base_prior(vae: VAE, recipe: VAERecipe, examples: Tensor) -> nn.Module | Distribution:
     """The base that the recipe asks for: the VAE's prior, or one fitted to codes drawn from q(z|x)."""
     if recipe.prior.base == "prior":
         return vae.prior
@@ -185,11 +212,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     Weights, gradients and Adam's two moments in float32, and the activations that a step keeps for its backward pass,
     counted on two examples and scaled to the batch. Workspace of kernels and the framework itself come on top.
     """
-    vae, classifier = initialised(recipe.seed, recipe.vae), initialised(recipe.seed, recipe.classifier)
-    critic = initialised(recipe.seed, lambda: recipe.build_critic(vae), part=1)
-    parameters = {"VAE": _count(vae), "classifier": _count(classifier)}
-    parameters |= {} if critic is None else {"critic": _count(critic)}
-    loss = VAELoss(vae, critic)
+    vae = initialised(recipe.seed, recipe.vae)
+    classifiers = initialised(recipe.seed, lambda: recipe.classifiers(vae))
+    loss = recipe.objective(vae)
+    parameters = {"VAE": _count(vae), "classifier": sum(_count(classifier) for classifier in classifiers)}
+    parameters |= {"critic": _count(loss) - _count(vae)} if _count(loss) > _count(vae) else {}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -199,7 +226,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     own = {p.untyped_storage().data_ptr() for p in loss.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _random.scoped(0):
         x = recipe.example(2)
-        loss(x)["loss"].backward()
+        next(iter(loss(x).values())).backward()
     activations = sum(size for pointer, size in kept.items() if pointer not in own)
     per_forward = -(-recipe.batch_size // recipe.execution.gradient_accumulation)
     memory = {

@@ -4,6 +4,7 @@ from .checkpoint import CheckpointError
 from .engine import TrainingDiverged, TrainResult
 from .execution import Execution
 from .hierarchical import HierarchicalNCPResult, fit_hierarchical_ncp
+from .hierarchical_vae import WarmupCosine, adamax, fit_hierarchical_vae
 from .interrupt import TrainingInterrupted
 from .ncp import NCPResult, fit_ncp
 from .vae import Aggressive, adamw, fit_vae
@@ -17,8 +18,11 @@ __all__ = [
     "TrainResult",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "WarmupCosine",
+    "adamax",
     "adamw",
     "fit_hierarchical_ncp",
+    "fit_hierarchical_vae",
     "fit_ncp",
     "fit_vae",
 ]

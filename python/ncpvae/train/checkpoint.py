@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,3 +216,10 @@ def set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
         set_model_state_dict(module, dict(weights), options=StateDictOptions(full_state_dict=True))
     else:
         module.load_state_dict(weights)
+
+
+def described(setting: Any) -> Any:
+    """A setting as checkpoints compare it: a number as it is, a dataclass by its fields, a function as a function."""
+    if is_dataclass(setting) and not isinstance(setting, type):
+        return {"class": type(setting).__name__, **asdict(setting)}
+    return "a function" if callable(setting) else setting

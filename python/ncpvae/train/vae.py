@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..critics import Critic
 from ..objectives import FreeBits, VAELoss
 from ..vae import VAE
 from .batches import Data, check_data, mean_over_parts, parts, source
+from .checkpoint import described
 from .engine import Schedule, TrainResult, train
 from .execution import Execution, check_count
 
@@ -137,8 +138,8 @@ def fit_vae(
         prepare = validation_transform or transform
         return mean_over_parts(lambda x: bound(prepare(x.to(device)), beta(steps - 1)), held_out_parts(), seed)
 
-    known: dict[str, Any] = {"stage": "vae", "batch_size": batch_size, "kl_weight": _described(kl_weight)}
-    known |= {"free_bits": _described(free_bits), "aggressive": _described(aggressive), "critic": None}
+    known: dict[str, Any] = {"stage": "vae", "batch_size": batch_size, "kl_weight": described(kl_weight)}
+    known |= {"free_bits": described(free_bits), "aggressive": described(aggressive), "critic": None}
     if critic is not None:  # whose negatives depend on the number of processes too
         known |= {"critic": critic.settings(), "critic_weight": critic_weight, "processes": world_size()}
     return train(
@@ -160,13 +161,6 @@ def fit_vae(
         progress=progress,
         description="VAE",
     )
-
-
-def _described(setting: Any) -> Any:
-    """A number as it is, one of our dataclasses by its fields, any other function as a function."""
-    if is_dataclass(setting) and not isinstance(setting, type):
-        return {"class": type(setting).__name__, **asdict(setting)}
-    return "a function" if callable(setting) else setting
 
 
 @contextmanager
