@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _random
 from .._files import write_atomic
-from . import charts, pictures
+from . import charts, groups, pictures
 from .content import Metric, ReportData, flatten
 from .numbers import brief, number
 
@@ -41,6 +41,7 @@ def render(data: ReportData) -> str:
         "latents": _latents(data.latents),
         "weights": _weights(data.log_weights),
         "ess": _ess(data.ess, data.num_proposals),
+        "groups": groups.section(data.groups, data.num_proposals),
         "curves": _curves(data),
         "settings": list(flatten(data.settings)) if data.settings else None,
         "environment": dict(data.environment) or None,
