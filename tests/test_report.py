@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from ncpvae.report import Metric, ReportData, Samples, charts, pictures, write_report
+from ncpvae.report import GroupFigures, Metric, ReportData, Samples, charts, pictures, write_report
 from ncpvae.report.content import flatten
 from ncpvae.report.page import brief, number, render
 
@@ -84,6 +84,7 @@ def full(kind="images"):
         ess=1 + 99 * torch.rand(64, generator=generator),
         num_proposals=100,
         latents={name: torch.randn(200, 10, generator=generator) for name in ("q(z)", "p(z)", "p_NCP(z)")},
+        groups=[GroupFigures(k, 1, (2, 4, 4), 1.0, 1.2, 0.1, 0.6, 10.0 + k, -0.1, 0.1) for k in range(1, 4)],
         metrics=[
             Metric("likelihood", "nats", -90.0, -80.0, False, 0.5, 0.5, "By importance sampling."),
             Metric("distance", "", 3.0, 4.0, True, protocol="In features."),
@@ -97,16 +98,16 @@ def test_everything_has_its_place_and_number(tmp_path):
     path = write_report(full(), tmp_path / "new" / "report.html")
     assert path == tmp_path / "new" / "report.html"
     found = Page(path.read_text(encoding="utf-8"))
-    sections = ["metrics", "samples", "neighbours", "reconstructions", "latents", "weights", "curves", "settings"]
+    sections = ["metrics", "samples", "neighbours", "reconstructions", "latents", "weights", "groups"]
+    sections += ["curves", "settings"]
     assert [name for name in found.ids if name in sections] == sections
     assert {"environment", "commands"} < set(found.ids)
-    assert re.findall(r"(?:Figure|Table) \d", found.text) == [
-        *("Table 1", "Figure 1", "Figure 2", "Figure 3", "Figure 4", "Table 2", "Figure 5", "Figure 6")
-    ]
+    numbered = "Table 1, Figure 1, Figure 2, Figure 3, Figure 4, Table 2, Figure 5, Table 3, Figure 6, Figure 7"
+    assert ", ".join(re.findall(r"(?:Figure|Table) \d", found.text)) == numbered
     assert (
         found.count("img") == 4 + 16 + 1
     )  # two grids for each temperature, a picture for each of the 16 closest pairs
-    assert found.count("svg") == 3 + 2 + 2  # latents, weights, curves
+    assert found.count("svg") == 3 + 2 + 3 + 2  # latents, weights, groups, curves
     for words in ("What it was.", "vae.latent_dim", "ncpvae fit-prior runs/x", "2.13", "One run.", "temperature 0.7"):
         assert words in found.text
     assert "Not on this page" not in found.text
@@ -117,7 +118,7 @@ def test_everything_has_its_place_and_number(tmp_path):
 def test_points_are_drawn_as_scatter_plots():
     found = page(full("points"))
     assert found.count("img") == 0
-    assert found.count("svg") == 4 + 2 + 1 + 3 + 2 + 2
+    assert found.count("svg") == 4 + 2 + 1 + 3 + 2 + 3 + 2
     assert "Each point is a sample" in found.text
 
 
@@ -174,6 +175,7 @@ FIELDS = {
     "neighbours": "nearest training examples",
     "reconstructions": "reconstructions",
     "latents": "latent space",
+    "groups": "latent groups",
     "curves": "training",
     "settings": "settings",
     "environment": "environment",

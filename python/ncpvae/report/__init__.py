@@ -4,7 +4,7 @@
 page.css. Needs matplotlib: pip install 'ncpvae[plot]'.
 """
 
-from .content import Metric, ReportData, Samples
+from .content import GroupFigures, Metric, ReportData, Samples
 from .page import write_report
 
-__all__ = ["Metric", "ReportData", "Samples", "write_report"]
+__all__ = ["GroupFigures", "Metric", "ReportData", "Samples", "write_report"]

@@ -6,7 +6,7 @@ pages and paper. The same data gives the same bytes.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from typing import Any
@@ -14,16 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INK, FAINT = "#1d2024", "#6b7076"
-BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#b8578f",
-    "#56b4e9",
-    "#e69f00",
-)  # Okabe, Ito
-PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW)
+from ..plots import FAINT, INK, PALETTE
+
+BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = PALETTE
 COLOURS = {INK: "--ink", FAINT: "--faint"} | {colour: f"--c{i}" for i, colour in enumerate(PALETTE)}
 DASHES = ("-", (0, (5, 2)), "-.", (0, (1, 1.2)))
 MAX_POINTS = 400  # of a curve; more are averaged in blocks
@@ -91,6 +84,13 @@ def _svg(figure, label: str) -> str:
 
 def _escape(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+
+
+def drawn(draw: Callable[[Any], None], label: str) -> str:
+    """What `draw` puts on the axes that it is given."""
+    with _figure(4.6, 2.75) as figure:
+        draw(figure.add_subplot())
+        return _svg(figure, label)
 
 
 def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> tuple[str, int, bool]:

@@ -39,14 +39,9 @@ class Metric:
     difference_error: float | None = None
 
     def __post_init__(self) -> None:
+        owner = f"Metric {self.name!r}"
         for name in ("base", "ncp", "base_error", "ncp_error", "difference_error"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"Metric {self.name!r}: {name} must be a number or None, got {type(value).__name__}")
-            if name.endswith("error") and value < 0:
-                raise ValueError(f"Metric {self.name!r}: {name} must be ≥ 0, got {value}")
+            _check_number(owner, name, getattr(self, name), 0.0 if name.endswith("error") else -math.inf)
 
     @property
     def comparable(self) -> bool:
@@ -96,6 +91,61 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class GroupFigures:
+    """One of the K groups of a hierarchical VAE's latent variables. What is None was not measured.
+
+    Numbers may be NaN or ±inf, and are shown as not finite then.
+
+    Args:
+        number: 1 … K, from the top.
+        scale: the number of its resolution, 1 at the top.
+        shape: of z_k for one example, [C, H, W] or [D].
+        kl: KL(q(z_k | z_<k, x) ‖ p(z_k | z_<k)), nats, mean over examples.
+        loss: held-out noise contrastive loss of its classifier, ≥ 0 nats; 2·log 2 = 1.386 where base and posterior
+            agree (NCP-VAE, Eq. 4).
+        jsd: Jensen-Shannon divergence of posterior and base, ≤ log 2 = 0.693 nats; as log 2 − ½·loss it is an
+            estimate, and may be below 0.
+        accuracy: of the classifier, held out, 0 … 1.
+        ess: effective sample size of SIR's proposals, ≥ 0, mean over paths from the top; None where SIR has not been
+            asked for this group, as it is not for flat ones.
+        log_mean: log E_p[r_k | c_k], nats, mean over paths.
+        log_mean_std: its standard deviation over paths.
+        flat: whether r_k is taken as constant and the classifier skipped.
+    """
+
+    number: int
+    scale: int
+    shape: Sequence[int]
+    kl: float | None = None
+    loss: float | None = None
+    jsd: float | None = None
+    accuracy: float | None = None
+    ess: float | None = None
+    log_mean: float | None = None
+    log_mean_std: float | None = None
+    flat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("number", "scale"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"GroupFigures: {name} must be an integer ≥ 1, got {getattr(self, name)!r}")
+        owner = f"GroupFigures of group {self.number}"
+        shape = self.shape
+        if not isinstance(shape, (tuple, list)) or len(shape) not in (1, 3) or not all(map(_is_count, shape)):
+            raise ValueError(f"{owner}: shape must be [C, H, W] or [D], integers ≥ 1, got {shape}")
+        for name in ("kl", "log_mean"):
+            _check_number(owner, name, getattr(self, name))
+        for name in ("loss", "ess", "log_mean_std"):
+            _check_number(owner, name, getattr(self, name), 0.0)
+        _check_number(owner, "accuracy", self.accuracy, 0.0, 1.0)
+        _check_number(owner, "jsd", self.jsd, high=math.log(2) + 1e-6)  # of float32, it may be rounded up
+        if self.flat and self.ess is not None:
+            raise ValueError(f"{owner}: ess must be None for a flat group, which takes no proposals, got {self.ess}")
+        if self.log_mean is None and self.log_mean_std is not None:
+            raise ValueError(f"{owner}: log_mean must be given where log_mean_std is, got None")
+
+
+@dataclass(frozen=True)
 class ReportData:
     """All that a page shows. What is None or empty is left out, and named as left out at the page's end.
 
@@ -112,9 +162,10 @@ class ReportData:
             distances [N] between them.
         log_weights: [M], log r(z) at draws of the base prior, nats.
         ess: [n], effective sample size of the base draws behind each sample.
-        num_proposals: the number of base draws behind each sample.
+        num_proposals: the number of base draws behind each sample, of every group where there are groups.
         latents: "q(z)", and any of "p(z)" and "p_NCP(z)" → draws [N, D], of which the first
             5,000 are used.
+        groups: of a hierarchical VAE, by their numbers; a part of them will do.
         metrics: rows of the table.
         notes: sentences on protocols, below the table.
     """
@@ -132,11 +183,12 @@ class ReportData:
     ess: Tensor | None = None
     num_proposals: int | None = None
     latents: Mapping[str, Tensor] | None = None
+    groups: list[GroupFigures] = field(default_factory=list)
     metrics: list[Metric] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("commands", "samples", "metrics", "notes"):
+        for name in ("commands", "samples", "groups", "metrics", "notes"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"ReportData: {name} must be a list, got a string")
         if self.num_proposals is not None and self.num_proposals < 1:
@@ -159,6 +211,7 @@ class ReportData:
             _check_vector("neighbours' distances", distances, len(queries))
         if self.latents:
             _check_latents(self.latents)
+        _check_groups(self.groups, self.num_proposals)
         for chart, series in self.curves.items():
             for name, points in series.items():
                 if any(len(point) != 2 for point in points):
@@ -180,6 +233,21 @@ def check_examples(owner: str, name: str, examples: object) -> None:
         raise ValueError(
             f"{owner}: images in {name} must be in [0, 1], got values from {known.min():.3g} to {known.max():.3g}"
         )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_number(owner: str, name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """None, or a number that is not out of bounds; NaN is not."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number or None, got {type(value).__name__}")
+    if value < low or value > high:
+        bounds = [f"≥ {low:g}"] * (low > -math.inf) + [f"≤ {high:.3g}"] * (high < math.inf)
+        raise ValueError(f"{owner}: {name} must be {' and '.join(bounds)}, got {value}")
 
 
 def _check_length(name: str, parts: Sequence, length: int) -> None:
@@ -215,6 +283,20 @@ def _check_latents(latents: Mapping[str, Tensor]) -> None:
             raise ValueError(f"ReportData: latents[{name!r}] must be {wanted}, N ≥ 1, got {tuple(codes.shape)}")
     if len(latents["q(z)"]) < 2:
         raise ValueError("ReportData: latents['q(z)'] must hold two codes or more to have principal components")
+
+
+def _check_groups(groups: Sequence[GroupFigures], num_proposals: int | None) -> None:
+    for entry in groups:
+        if not isinstance(entry, GroupFigures):
+            raise TypeError(f"ReportData: groups must be a list of GroupFigures, got {type(entry).__name__} in it")
+        if num_proposals is not None and entry.ess is not None and entry.ess > num_proposals * (1 + 1e-5):  # rounding
+            raise ValueError(
+                f"ReportData: groups: ess of group {entry.number} must be ≤ num_proposals, {num_proposals}, "
+                f"got {entry.ess}"
+            )
+    numbers = [entry.number for entry in groups]
+    if numbers != sorted(set(numbers)):
+        raise ValueError(f"ReportData: groups must be in the order of their numbers, each once, got {numbers}")
 
 
 def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

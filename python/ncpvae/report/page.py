@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .. import _random
 from .._files import write_atomic
-from . import charts, pictures
+from . import charts, groups, pictures
 from .content import Metric, ReportData, flatten
+from .numbers import brief, number
 
 FULL, HALF, PAIR, GAP = 952, 468, 104, 12  # CSS pixels for a picture across the page, one of two, one in a row
 PAIR_ROWS = 2  # of samples over their neighbours
 MAX_DOTS = 5000  # in one scatter plot, and codes of one distribution
-SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def write_report(data: ReportData, path: Path) -> Path:
@@ -41,6 +41,7 @@ def render(data: ReportData) -> str:
         "latents": _latents(data.latents),
         "weights": _weights(data.log_weights),
         "ess": _ess(data.ess, data.num_proposals),
+        "groups": groups.section(data.groups, data.num_proposals),
         "curves": _curves(data),
         "settings": list(flatten(data.settings)) if data.settings else None,
         "environment": dict(data.environment) or None,
@@ -131,24 +132,6 @@ def _decimals(values: Sequence[float], errors: Sequence[float]) -> int | None:
         return min(6, max(0, 1 - math.floor(math.log10(min(known)))))
     size = min(sizes)
     return 1 if size >= 100 else 2 if size >= 1 else min(6, 2 - math.floor(math.log10(size)))
-
-
-def number(value: float, decimals: int | None) -> str:
-    """As it is printed: thousands apart, a true minus sign, "not finite" for NaN and ±inf."""
-    if not math.isfinite(value):
-        return "not finite"
-    if value and (decimals is None or round(value, decimals) == 0):
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPT)}".replace("-", "−")
-    return f"{value:,.{decimals or 0}f}".replace("-", "−")
-
-
-def brief(value: float) -> str:
-    """A number in running text: three significant digits, all digits before the point."""
-    size = abs(float(f"{value:.3g}")) if math.isfinite(value) else 0.0
-    if 0 < size < 1e-3 or size >= 1e9:
-        return number(value, None)
-    return number(value, max(0, 2 - math.floor(math.log10(size))) if size else 0)
 
 
 def _hundredths(value: float | Tensor) -> str:
