@@ -2,15 +2,21 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from ncpvae.bench import MachineLoaded, run
 
 
-def main(name: str) -> None:
-    """Time the cases of the module `name` and print them; exit status 1 on a loaded machine, 2 on bad input."""
+def main(name: str, **sizes: str) -> None:
+    """Time the cases of the module `name` and print them; exit status 1 on a loaded machine, 2 on bad input.
+
+    Args:
+        sizes: further arguments of the module's `cases`, positive integers, and what their flags' help says of them.
+    """
     module = __import__(name)
     parser = argparse.ArgumentParser(description=module.__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
@@ -19,9 +25,16 @@ def main(name: str) -> None:
     parser.add_argument("--threads", type=int, help="torch's")
     parser.add_argument("--device", type=torch.device, help="cuda where there is one, by default")
     parser.add_argument("--allow-load", action="store_true", help="accept a machine that others keep busy")
+    for size, meaning in sizes.items():
+        parser.add_argument(f"--{size}", type=int, help=meaning)
     a = parser.parse_args()
+    given = {size: getattr(a, size) for size in sizes if getattr(a, size) is not None}
+    for size, value in given.items():
+        if value < 1:
+            parser.error(f"--{size} must be ≥ 1, got {value}")
+    timed = SimpleNamespace(__name__=name, cases=partial(module.cases, **given), workload=module.workload)
     try:
-        run([module], a.quick, a.output, a.seconds, a.threads, a.device, a.allow_load)
+        run([timed], a.quick, a.output, a.seconds, a.threads, a.device, a.allow_load)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except MachineLoaded as error:
