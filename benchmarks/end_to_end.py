@@ -2,13 +2,25 @@
 
 import argparse
 import sys
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 
-from ncpvae.bench import MachineLoaded, run
+from ncpvae.bench import Case, MachineLoaded, run
+
+
+def alone(module: ModuleType, cases: Sequence[Case]) -> list[SimpleNamespace]:
+    """The module as often as there are cases, each time with one of them.
+
+    Memory is measured in a process for each module: what a large case has left behind in its process would be taken
+    again by the next, and would be missing from its peak.
+    """
+    return [
+        SimpleNamespace(__name__=module.__name__, workload=module.workload, cases=lambda *_, case=case: [case])
+        for case in cases
+    ]
 
 
 def main(name: str, **sizes: str) -> None:
@@ -32,9 +44,10 @@ def main(name: str, **sizes: str) -> None:
     for size, value in given.items():
         if value < 1:
             parser.error(f"--{size} must be ≥ 1, got {value}")
-    timed = SimpleNamespace(__name__=name, cases=partial(module.cases, **given), workload=module.workload)
+    device = a.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        run([timed], a.quick, a.output, a.seconds, a.threads, a.device, a.allow_load)
+        cases = module.cases(device, a.quick, **given)
+        run(alone(module, cases), a.quick, a.output, a.seconds, a.threads, device, a.allow_load)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except MachineLoaded as error:

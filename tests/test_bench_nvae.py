@@ -158,10 +158,10 @@ def test_cases_are_different_and_the_batch_can_be_chosen(module):
 
 def test_the_batch_is_a_flag(module, monkeypatch, capsys):
     end_to_end, timed = importlib.import_module("end_to_end"), []
-    monkeypatch.setattr(end_to_end, "run", lambda modules, *_: timed.extend(modules[0].cases(CPU)))
-    monkeypatch.setattr(sys, "argv", ["bench_nvae.py", "--batch", "3"])
+    monkeypatch.setattr(end_to_end, "run", lambda modules, *_: timed.extend(m.cases(CPU, False) for m in modules))
+    monkeypatch.setattr(sys, "argv", ["bench_nvae.py", "--batch", "3", "--device", "cpu"])
     end_to_end.main("bench_nvae", batch="examples")
-    assert timed == module.cases(CPU, batch=3)
+    assert timed == [[case] for case in module.cases(CPU, batch=3)], "each case by itself"
     monkeypatch.setattr(sys, "argv", ["bench_nvae.py", "--batch", "0"])
     with pytest.raises(SystemExit):
         end_to_end.main("bench_nvae", batch="examples")
