@@ -30,6 +30,7 @@ AXES = {
     "similarity_logsumexp": Axis("N = K", lambda r: r["shape"]["N"], ("D", "temperature")),
     "gaussian_logsumexp": Axis("pairs, N·K", lambda r: r["shape"]["N"] * r["shape"]["K"], ("D", "std")),
     "prior.sample": Axis("proposals for each sample, M", lambda r: r["shape"]["M"], ("B", "classifier")),
+    "hierarchical.draw": Axis("proposals for each sample, M", lambda r: r["shape"]["M"], ("B",)),
     "langevin_chain": Axis("steps, T", lambda r: r["shape"]["T"], ("B", "energy")),
 }
 
