@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ncpvae import NoiseContrastivePrior
-from ncpvae.recipes import RECIPES, Recipe, StageTwo, from_dict
+from ncpvae.recipes import RECIPES, Recipe, StageTwo, VAERecipe, from_dict
 from ncpvae.runs import comparison, evaluation, open_run, reporting, sampling, training
 from ncpvae.runs.folder import as_json, new_run
 from ncpvae.vae import VAE
@@ -46,7 +46,7 @@ def test_recipes_are_frozen_documented_and_go_through_json(name):
     assert from_dict(recipe, json.loads(json.dumps(as_json(recipe))), "test") == recipe
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if isinstance(recipe, VAERecipe)])
 def test_recipes_models_fit_each_other(name):
     recipe = RECIPES[name]
     if name == "images-conv":  # the same architecture, for a smaller picture

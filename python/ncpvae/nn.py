@@ -175,7 +175,7 @@ class WeightNormConv2d(nn.Conv2d):
 
     def effective_weight(self) -> Tensor:
         """The kernels [C_out, C_in / groups, k, k] that x is convolved with."""
-        return self.log_scale.exp() * self.weight / (self._norm(self.weight) + 1e-5)
+        return self.weight * (self.log_scale.exp() / (self._norm(self.weight) + 1e-5))  # one pass over the kernels
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.effective_weight(), self.bias)

@@ -297,7 +297,7 @@ class AutoregressiveConv2d(WeightNormConv2d):
 
     def effective_weight(self) -> Tensor:
         masked = self.weight * self.mask
-        return self.log_scale.exp() * masked / (self._norm(masked) + 1e-5)
+        return masked * (self.log_scale.exp() / (self._norm(masked) + 1e-5))
 
 
 class AutoregressiveShift(nn.Sequential):
