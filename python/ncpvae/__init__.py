@@ -41,6 +41,7 @@ from .train import (
     TrainingInterrupted,
     TrainResult,
     fit_hierarchical_ncp,
+    fit_hierarchical_vae,
     fit_ncp,
     fit_vae,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "VAEOutput",
     "adapters",
     "fit_hierarchical_ncp",
+    "fit_hierarchical_vae",
     "fit_ncp",
     "fit_vae",
     "group_classifiers",

@@ -64,6 +64,7 @@ def draw(
     sampler: Sampler | None = None,
     temperature: float = 1.0,
     seed: int = 0,
+    walks: int = WALKS,
 ) -> Draws:
     """`num` samples from the base of an NVAE or from a noise contrastive prior, by all processes together.
 
@@ -72,13 +73,14 @@ def draw(
         sampler: of the noise contrastive prior; `SIR()` by default.
         temperature: of the bases.
         seed: governs the draws.
+        walks: samples of one walk; another number gives other samples.
     """
     started, ranks = time.perf_counter(), _distributed.ranks()
     with ranks.failing_together("draw"):
         if isinstance(model, HierarchicalNCP):
-            blocks = model.draw_blocks(num, sampler, temperature, seed, WALKS)
+            blocks = model.draw_blocks(num, sampler, temperature, seed, walks)
         else:
-            blocks = _base_blocks(model, num, temperature, seed)
+            blocks = _base_blocks(model, num, temperature, seed, walks)
         mine = [(first, _on_cpu(run, block)) for first, block in blocks]
     parts = [block for _, block in sorted((b for part in ranks.gather(mine) for b in part), key=lambda b: b[0])]
     return Draws(
@@ -91,12 +93,14 @@ def draw(
     )
 
 
-def _base_blocks(vae: NVAE, num: int, temperature: float, seed: int) -> Iterator[tuple[int, HierarchicalDraw]]:
+def _base_blocks(
+    vae: NVAE, num: int, temperature: float, seed: int, walks: int
+) -> Iterator[tuple[int, HierarchicalDraw]]:
     """This process's share of walks with latents from the base; see `HierarchicalNCP.draw_blocks`."""
-    for block in _distributed.ranks().mine(-(-num // WALKS)):
-        first, kept = block * WALKS, Kept(Ancestral(temperature))
+    for block in _distributed.ranks().mine(-(-num // walks)):
+        first, kept = block * walks, Kept(Ancestral(temperature))
         with _random.scoped(_distributed.block_seed(seed, block)):
-            likelihood = vae.walk(kept, min(WALKS, num - first))
+            likelihood = vae.walk(kept, min(walks, num - first))
         yield first, HierarchicalDraw(likelihood, kept.z, [None] * len(vae.groups))
 
 
