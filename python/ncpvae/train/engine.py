@@ -432,8 +432,9 @@ class _Loop:
     def agree_on_buffers(self) -> None:
         """BatchNorm's running statistics differ between processes, which see their own shards: take the first's."""
         if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+            for module in [self.model] if self.ema is None else [self.model, self.ema.module]:
+                for buffer in module.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
