@@ -12,7 +12,7 @@ from ..priors import NoiseContrastivePrior
 from ..report import Metric, ReportData, Samples, write_report
 from ..samplers import SIR
 from ..sharding import sample_sharded
-from ..train.log import read_metrics
+from ..train.log import RECOVERY, read_metrics
 from ..vae import VAE
 from . import hierarchical
 from .evaluation import cautions, read_evaluation, read_figures, read_groups
@@ -182,6 +182,8 @@ def curves(run: Run) -> dict[str, dict[str, list[tuple[float, float]]]]:
         if not (folder / "metrics.jsonl").is_file():
             continue
         for record in read_metrics(folder / "metrics.jsonl"):
+            if record.get("split") == RECOVERY:
+                continue
             split = "training" if record.get("split") == "train" else "held out"
             for name, value in record.items():
                 if name not in ("step", "split", "seconds", "samples_per_second"):

@@ -1,7 +1,8 @@
 """Training: stage one (`fit_vae`), stage two (`fit_ncp`), and the loop they share."""
 
 from .checkpoint import CheckpointError
-from .engine import TrainingDiverged, TrainResult
+from .divergence import TrainingDiverged
+from .engine import TrainResult
 from .execution import Execution
 from .hierarchical import HierarchicalNCPResult, fit_hierarchical_ncp
 from .hierarchical_vae import WarmupCosine, adamax, fit_hierarchical_vae

@@ -10,6 +10,7 @@ resumed goes on exactly, and two processes do what one process with twice the gr
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,16 +26,14 @@ from .. import _random
 from .._distributed import check_alike, ranks
 from . import checkpoint
 from .batches import FETCH, VALIDATION, advanced, num_rows, shard_of
+from .divergence import TrainingDiverged, check_finite, check_way_back, way_back, what_is_left
 from .execution import Execution, check_count, check_positive, own_accelerator
 from .interrupt import StopRequest, TrainingInterrupted, catch_signals
-from .log import Means, MetricsLog
+from .log import RECOVERY, Means, MetricsLog
+from .state import check_best, new_state, read_state
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 Schedule = str | Callable[[int], float]
-
-
-class TrainingDiverged(FloatingPointError):
-    """A loss term became NaN or infinite; the message names the step, the term and the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +113,19 @@ def train(
         resume: "never" refuses a folder that has checkpoints; "auto" goes on from the newest where there is one; a
             path goes on from that one.
         settings: JSON-able; a checkpoint with other settings is refused.
-        hooks: functions called with the record of every validation, in the main process.
+        hooks: functions called with the record of every validation, in the main process; again where steps are made
+            again.
         progress: show a progress bar.
         description: its label.
 
     Raises:
-        TrainingDiverged: naming step and term, when one is NaN or infinite.
+        TrainingDiverged: naming step and term, when one is NaN or infinite, and no halving of the rate is left.
         TrainingInterrupted: after SIGINT or SIGTERM, once the state is saved; runs without a folder have the usual
             KeyboardInterrupt.
         CheckpointError: where a checkpoint cannot be gone on from.
+
+    Warns:
+        RuntimeWarning: where the run goes back to a checkpoint with half the learning rate (`Execution.halve_lr`).
     """
     execution = execution or Execution()
     check_count("steps", steps)
@@ -133,6 +136,7 @@ def train(
     check_count("seed", seed, minimum=0, below=1 << 62)
     if folder is None and resume != "never":
         raise ValueError(f"resume needs the folder of the run, got {str(resume)!r} without one")
+    check_way_back(execution, folder, batches)
     factor = learning_rate_factor(schedule, steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters)
@@ -197,8 +201,7 @@ class _Loop:
             if self.sharded:
                 raise ValueError("ema_decay must be None under FSDP, whose sharded weights are not averaged")
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(execution.ema_decay))
-        self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "best_value": None, "best_step": 0, "stale": 0}
-        self.state["history"] = []
+        self.state = new_state()
         self.best_weights: dict[str, Tensor] | None = None
         self.since_validation, self.since_log = Means(), Means()
         self.last_checkpoint: Path | None = None
@@ -224,16 +227,20 @@ class _Loop:
             if path is not None:
                 self._load(path)
             check_alike("resume", ranks().gather({"step": self.state["step"]}))
-        main = self.accelerator.is_main_process
-        self.log = MetricsLog(self.folder if main else None, self.state["step"])
+        self._open_log()
+        if self.execution.halve_lr and self.last_checkpoint is None:
+            self._save()  # the untrained weights too are something to go back to
+
+    def _open_log(self) -> None:
+        folder = self.folder if self.accelerator.is_main_process else None
+        self.log = MetricsLog(folder, self.state["step"], self.state["recoveries"])
 
     def _load(self, path: Path) -> None:
         expected = self.settings | {"shards": self.shards}
         step, state, tensors = checkpoint.load(path, self.accelerator, self.module, self.optimizer, expected)
         try:
             self.since_validation, self.since_log = Means(**state["since_validation"]), Means(**state["since_log"])
-            self.state = {key: state[key] for key in self.state} | {"step": step}
-            self._check_state()
+            self.state = read_state(state, step, self.steps)
             if self.ema is not None:
                 self.ema.load_state_dict(tensors["ema"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -241,36 +248,46 @@ class _Loop:
             raise checkpoint.CheckpointError(
                 f"checkpoint {path} does not hold what this run needs ({type(error).__name__}): {reason}"
             ) from error
-        self._check_best(path, tensors.get("best"))
+        check_best(path, self.state, tensors.get("best"), self.model)
         self.best_weights, self.last_checkpoint = tensors.get("best"), path  # only now: a run that fails ends with them
-
-    def _check_state(self) -> None:
-        """The state has the types and values that a run of this length can have."""
-        s = self.state
-        if s["step"] > self.steps:
-            raise ValueError(f"step must be ≤ {self.steps}, got {s['step']}")
-        check_count("best_step", s["best_step"], minimum=0, below=s["step"] + 1)
-        check_count("stale", s["stale"], minimum=0)
-        for name in ("seconds", "best_value"):
-            value = 0.0 if name == "best_value" and s[name] is None else s[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        rows = [r.get("step") if isinstance(r, dict) else None for r in s["history"]]
-        if not isinstance(s["history"], list) or not all(isinstance(step, int) for step in rows):
-            raise TypeError("history must be a list of records with a step each")
-        if s["best_value"] is not None and s["best_step"] not in rows:
-            raise ValueError(f"history must hold the best step {s['best_step']}")
-
-    def _check_best(self, path: Path, best: dict[str, Tensor] | None) -> None:
-        """There are best weights where there is a best step, and they are those of this model."""
-        own = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in (best or {}).items()}
-        if found != (own if self.state["best_value"] is not None else {}):
-            raise checkpoint.CheckpointError(f"{path / 'best.safetensors'} does not hold the weights of this model")
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
     def run(self, batches: Batches) -> None:
+        """All steps that are left; where they diverge, again from a checkpoint on, as often as `halve_lr` says."""
+        with catch_signals(self.folder is not None) as stop:  # one that came before a return is heeded after it
+            while True:
+                try:
+                    return self._run_on(batches, stop)
+                except TrainingDiverged as error:
+                    halvings = len(self.state["recoveries"])
+                    if halvings >= self.execution.halve_lr:
+                        error.args = (f"{error}{what_is_left(self.last_checkpoint, halvings)}",)
+                        raise
+                    self._halve_rate(str(error))
+
+    def _halve_rate(self, reason: str) -> None:
+        """Go back to a checkpoint, and make it one of a run that goes on from there with half the learning rate."""
+        assert self.folder is not None and self.last_checkpoint is not None
+        noticed, seconds, recoveries = (self.state[key] for key in ("step", "seconds", "recoveries"))
+        found = ranks().gather(checkpoint.checkpoints_in(self.folder / "checkpoints"))[0]
+        self.optimizer.optimizer.zero_grad()  # a loss that raises by itself leaves those of half a step
+        self._load(way_back(self.last_checkpoint, found, recoveries, noticed))
+        step, halvings = self.state["step"], len(recoveries) + 1
+        check_alike("halve_lr", ranks().gather({"step": step}))
+        lr = self.base_lrs[0] * float(self.factor(step)) * 0.5**halvings
+        record = {"step": step, "split": RECOVERY, "halvings": halvings, "lr": lr, "noticed_at": noticed}
+        self.state |= {"seconds": seconds, "recoveries": [*recoveries, record | {"reason": reason}]}
+        self._save()
+        self._open_log()  # only now: whenever the run is killed, its log can be made that of its last checkpoint
+        warnings.warn(
+            f"{self.description} goes back from step {noticed} to {self.last_checkpoint}, and on with "
+            f"1/{2**halvings} of the scheduled learning rate, {lr:.4g} in the next step: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def _run_on(self, batches: Batches, stop: StopRequest) -> None:
         begun, start = time.perf_counter() - self.state["seconds"], self.state["step"]
         if start == self.steps or self._out_of_patience():
             return
@@ -279,10 +296,7 @@ class _Loop:
         pending: list[dict[str, Tensor]] = []
         self.model.train()
         self.looked_at = time.perf_counter()
-        with (
-            catch_signals(self.folder is not None) as stop,
-            tqdm(total=self.steps, initial=start, desc=self.description, disable=hidden, leave=False) as bar,
-        ):
+        with tqdm(total=self.steps, initial=start, desc=self.description, disable=hidden, leave=False) as bar:
             for step, batch in self._fetched_batches(stream):
                 pending.append(self._step(step, batch))
                 self.state["step"], self.state["seconds"] = step, time.perf_counter() - begun
@@ -321,7 +335,7 @@ class _Loop:
 
     def _step(self, step: int, batch: Any) -> dict[str, Tensor]:
         """One optimiser step over this process's shards; the loss terms, averaged over them."""
-        scale = self.factor(step - 1)
+        scale = self.factor(step - 1) * 0.5 ** len(self.state["recoveries"])
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * scale
         self.rows = num_rows(batch)
@@ -380,21 +394,10 @@ class _Loop:
         names = list(pending[0])
         values = torch.stack([terms[name].float() for terms in pending for name in names]).view(-1, len(names))
         table = self.accelerator.reduce(values, "mean").tolist()
-        for row, step in zip(table, range(self.state["step"] - len(table) + 1, self.state["step"] + 1), strict=True):
-            for name, value in zip(names, row, strict=True):
-                if not math.isfinite(value):
-                    # fp16's loss scale is found by trial: an infinite gradient norm is its business
-                    if name == "grad_norm" and self.accelerator.scaler is not None:
-                        continue
-                    others = [f"'{n}'" for n, v in zip(names, row, strict=True) if n != name and not math.isfinite(v)]
-                    also = f" ({', '.join(others)} too)" if others else ""
-                    raise TrainingDiverged(
-                        f"training stopped at step {step}: loss term '{name}' is {value}{also}{self._last_good()}"
-                    )
-        return [dict(zip(names, row, strict=True)) for row in table]
-
-    def _last_good(self) -> str:
-        return f"; the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint is not None else ""
+        rows = [dict(zip(names, values, strict=True)) for values in table]
+        for step, row in enumerate(rows, self.state["step"] - len(rows) + 1):
+            check_finite(step, row, scaled=self.accelerator.scaler is not None)
+        return rows
 
     # --- now and then ----------------------------------------------------------------------------------------------
 
@@ -412,7 +415,6 @@ class _Loop:
                 if not math.isfinite(value):
                     raise TrainingDiverged(
                         f"{self.description}: validation {next(iter(held_out))} is {value} at step {step}"
-                        f"{self._last_good()}"
                     )
                 self.state["stale"] += 1
                 if self.state["best_value"] is None or value < self.state["best_value"]:
@@ -432,8 +434,9 @@ class _Loop:
     def agree_on_buffers(self) -> None:
         """BatchNorm's running statistics differ between processes, which see their own shards: take the first's."""
         if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+            for module in [self.model] if self.ema is None else [self.model, self.ema.module]:
+                for buffer in module.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -459,10 +462,8 @@ class _Loop:
 
     def _save(self) -> None:
         assert self.folder is not None
-        if not checkpoint.finite(self.model):
-            raise TrainingDiverged(
-                f"training stopped at step {self.state['step']}: weights are not finite{self._last_good()}"
-            )
+        if not all(ranks().gather(checkpoint.finite(self.model))):  # sharded weights differ between processes
+            raise TrainingDiverged(f"training stopped at step {self.state['step']}: weights are not finite")
         self.log.sync()
         state = self.state | {"since_validation": self.since_validation.state(), "since_log": self.since_log.state()}
         tensors = {} if self.best_weights is None else {"best": self.best_weights}

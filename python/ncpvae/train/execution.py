@@ -14,6 +14,8 @@ from .._distributed import world_size
 if TYPE_CHECKING:  # accelerate adds to the warnings' filters when it is imported, which is for training to do
     from accelerate import Accelerator, PartialState
 
+MAX_HALVINGS = 1000  # 2⁻¹⁰⁰⁰ is a number still
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -29,6 +31,11 @@ class Execution:
         keep_checkpoints: how many of the latest stay.
         check_every: steps between looks at the losses, one device synchronisation each. NaN, and signals in runs of
             several processes, are noticed that much later at most.
+        halve_lr: how often a run that diverges, of which NaN is the sign, goes back to its last checkpoint and on from
+            there with half the learning rate, in place of an error: the same steps at the same rate would only
+            diverge again. It is half of what the schedule says, in all steps from then on. A run that comes no further
+            for it goes back to the checkpoint before, if that is kept. Only runs with a folder; with this they have a
+            checkpoint of step 0 too.
         trackers: of accelerate: "tensorboard", "wandb", …; `metrics.jsonl` is always written.
     """
 
@@ -40,6 +47,7 @@ class Execution:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 3
     check_every: int = 50
+    halve_lr: int = 0
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,6 +55,7 @@ class Execution:
             raise ValueError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
         for name in ("gradient_accumulation", "keep_checkpoints", "check_every"):
             check_count(name, getattr(self, name))
+        check_count("halve_lr", self.halve_lr, minimum=0, below=MAX_HALVINGS + 1)
         if self.checkpoint_every is not None:
             check_count("checkpoint_every", self.checkpoint_every)
         if self.max_grad_norm is not None:

@@ -18,7 +18,8 @@ from ..hierarchy import Posterior, walk_groups
 from ..priors import HierarchicalNCP, NoiseContrastive
 from ..priors.hierarchical import naming_group
 from .batches import Data, held_out_split, mean_over_parts, parts, source
-from .engine import Schedule, TrainingDiverged, TrainResult, train
+from .divergence import TrainingDiverged
+from .engine import Schedule, TrainResult, train
 from .execution import Execution, check_count, processes
 from .ncp import EASY_LOSS
 
@@ -118,7 +119,8 @@ def fit_hierarchical_ncp(
             settled. The run ends when all groups' are. None never stops.
         seed: the run is deterministic for a seed.
         execution, folder, resume, settings: see `fit_vae`. `max_grad_norm` would make one group's steps depend on the
-            others', and `ema_decay` average what is kept of the best: both must be None.
+            others', and `ema_decay` average what is kept of the best: both must be None. `halve_lr` halves the rate of
+            all groups that a process trains, when one of them diverges.
         progress: show a progress bar.
 
     Raises:

@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .._files import write_atomic
 
 FILE = "metrics.jsonl"
+RECOVERY = "recovery"  # the split of a record that tells of a way back, and of no batch
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -38,14 +40,17 @@ class MetricsLog:
     Args:
         folder: the run's, or None.
         step: the step a run goes on from: records of later steps, which will be made again, are dropped.
+        recoveries: records of the ways back that the run has taken until then. The log is made to have these.
     """
 
-    def __init__(self, folder: Path | None, step: int = 0):
+    def __init__(self, folder: Path | None, step: int = 0, recoveries: Sequence[dict[str, Any]] = ()):
         self.path = None if folder is None else folder / FILE
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        if self.path is not None and self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        if self.path is not None and (self.path.exists() or recoveries):
+            found = read_metrics(self.path) if self.path.exists() else []
+            kept = [r for r in found if r in recoveries or (r["step"] <= step and r.get("split") != RECOVERY)]
+            kept += [r for r in recoveries if r not in kept]  # the run was killed before it was written
             write_atomic(self.path, "".join(_line(record) for record in kept))
 
     def write(self, record: dict[str, Any]) -> None:
