@@ -1,6 +1,7 @@
 """The training loop as something that survives: resume, kills, signals, divergence, precision, several options."""
 
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -339,6 +340,29 @@ def test_clipping_bounds_the_step_and_is_logged(tmp_path):
     fit(model, tmp_path, loss=loss, validate=None, steps=1, optimizer=sgd, execution=Execution(max_grad_norm=0.5))
     assert (model.weight - before).norm() < 0.5 + 1e-4
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["grad_norm"] > 100
+
+
+def test_steps_with_too_large_a_gradient_are_left_out(tmp_path):
+    model, factors = nn.Linear(8, 8), iter([1.0, 1e4, None, 1.0])
+    seen = []
+
+    def loss(i):
+        seen.append(model.weight.detach().clone())
+        total, factor = model.weight.sum(), next(factors)
+        zero = total - total.detach()
+        return {"loss": zero.abs().sqrt() if factor is None else factor * zero}  # gradients of norm 8·factor; NaN
+
+    sgd = lambda p: torch.optim.SGD(p, lr=1.0)  # noqa: E731
+    execution = Execution(skip_grad_norm=100.0, check_every=1)
+    fit(model, tmp_path, loss=loss, validate=None, steps=4, optimizer=sgd, execution=execution)
+    seen.append(model.weight.detach())
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+    assert moved == [True, False, False, True]
+    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
+    assert [r["skipped"] for r in records] == [0.0, 1.0, 1.0, 0.0]
+    assert [r["grad_norm"] for r in records] == pytest.approx([8.0, 100.0, 100.0, 8.0])
+    with pytest.raises(ValueError, match="skip_grad_norm must be None with fp16"):
+        Execution(skip_grad_norm=1.0, mixed_precision="fp16")
 
 
 def test_bf16_runs_the_loss_under_autocast():

@@ -3,10 +3,16 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .checkpoint import number_of
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import number_of, whole
 from .execution import Execution
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class TrainingDiverged(FloatingPointError):
@@ -68,3 +74,18 @@ def what_is_left(last_checkpoint: Path | None, halvings: int) -> str:
     found = f"; the last good checkpoint is {last_checkpoint}" if last_checkpoint is not None else ""
     times = "once" if halvings == 1 else f"{halvings} times"
     return found + (f"; the learning rate had been halved {times}" if halvings else "")
+
+
+def limited_gradients(accelerator: "Accelerator", module: nn.Module, execution: Execution) -> dict[str, Tensor]:
+    """Scale gradients down to the largest norm; their norm, and whether it is too large for a step, where asked.
+
+    Nothing in those parts of an accumulated batch after which no step is taken.
+    """
+    largest, limit = execution.max_grad_norm, execution.skip_grad_norm
+    if (largest is None and limit is None) or not accelerator.sync_gradients:
+        return {}
+    norm = whole(accelerator.clip_grad_norm_(module.parameters(), math.inf if largest is None else largest))
+    if limit is None:
+        return {"grad_norm": norm}
+    taken = norm <= limit
+    return {"grad_norm": torch.where(taken, norm, limit), "skipped": (~taken).float()}

@@ -26,7 +26,7 @@ from .. import _random
 from .._distributed import check_alike, ranks
 from . import checkpoint
 from .batches import FETCH, VALIDATION, advanced, num_rows, shard_of
-from .divergence import TrainingDiverged, check_finite, check_way_back, way_back, what_is_left
+from .divergence import TrainingDiverged, check_finite, check_way_back, limited_gradients, way_back, what_is_left
 from .execution import Execution, check_count, check_positive, own_accelerator
 from .interrupt import StopRequest, TrainingInterrupted, catch_signals
 from .log import RECOVERY, Means, MetricsLog
@@ -143,6 +143,7 @@ def train(
     known: dict[str, Any] = {"seed": seed, "steps": steps, "lr": lr}
     known |= {"validate_every": validate_every, "patience": patience}
     known |= {"ema_decay": execution.ema_decay, "max_grad_norm": execution.max_grad_norm}
+    known |= {} if execution.skip_grad_norm is None else {"skip_grad_norm": execution.skip_grad_norm}
     known |= {"optimizer": type(adam).__name__, **(settings or {})}
     known |= {} if callable(schedule) else {"schedule": schedule}
     cpu = all(p.device.type == "cpu" for p in parameters)
@@ -347,15 +348,15 @@ class _Loop:
             with self.accelerator.accumulate(self.module) if accumulation > 1 else nullcontext():
                 terms = self.module(shard_of(batch, shard, self.shards))
                 self.accelerator.backward(next(iter(terms.values())))
-                if self.execution.max_grad_norm is not None and self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.execution.max_grad_norm)
-                    norm = checkpoint.whole(norm) * accumulation  # terms are averaged below, but there is one norm
-                    terms = {**terms, "grad_norm": norm}
+                norms = limited_gradients(self.accelerator, self.module, self.execution)
+                # terms are averaged below, but there is one norm
+                terms = {**terms, **{name: norm * accumulation for name, norm in norms.items()}}
                 if self.accelerator.scaler is not None:
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 elif i == accumulation - 1:  # accelerate's wrapper looks for packages at every step
-                    self.optimizer.optimizer.step()
+                    if not norms.get("skipped", False):
+                        self.optimizer.optimizer.step()
                     self.optimizer.optimizer.zero_grad()
             for name, term in terms.items():
                 share = term.detach() / accumulation if accumulation > 1 else term.detach()

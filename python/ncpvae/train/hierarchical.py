@@ -322,7 +322,7 @@ def _check_settings(
     patience: int | None,
 ) -> None:
     owner = "fit_hierarchical_ncp"
-    for name in ("max_grad_norm", "ema_decay"):
+    for name in ("max_grad_norm", "skip_grad_norm", "ema_decay"):
         if getattr(execution, name) is not None:
             raise ValueError(f"{owner}: execution.{name} must be None, got {getattr(execution, name)}")
     if not 0.0 < validation_fraction < 1.0:
