@@ -26,8 +26,8 @@ class Execution:
         gradient_accumulation: parts that each process's share of a batch is worked through in, to save memory.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         skip_grad_norm: a step whose gradient has a larger norm, or none that is finite, leaves the weights as they
-            are; one device synchronisation each step. The log has the norm, this one where it is larger, and the share of
-            steps that were skipped. Not with fp16, whose loss scale skips by itself.
+            are; one device synchronisation each step. The log has the norm, this one where it is larger, and the share
+            of steps that were skipped. Not with fp16, whose loss scale skips by itself.
         ema_decay: keep an exponential moving average of the weights, and validate and end with that.
         compile: the loss by torch.compile with this backend: "inductor" is the usual one.
         checkpoint_every: steps between checkpoints; with each validation by default. Only runs with a folder have any.
