@@ -26,7 +26,7 @@ from ncpvae.nn import SpectralNorms, batch_norm_scales
 IMAGE = (1, 28, 28)
 # the NVAE of the likelihood experiment on MNIST, 10 groups of 4×4, and one that two cores train in minutes
 TRAINED = {"groups_per_scale": (10,), "channels": 32, "latent_channels": 20, "halvings": 3}
-TRAINED |= {"preprocess_cells": 2, "postprocess_cells": 2}
+TRAINED |= {"preprocess_cells": 3, "postprocess_cells": 3}
 DRAWN = {"groups_per_scale": (4,), "channels": 8, "latent_channels": 8, "halvings": 3}
 DRAWN |= {"preprocess_cells": 1, "postprocess_cells": 1, "encoder_cells": 1, "decoder_cells": 1}
 CLASSIFIER_CHANNELS = 16

@@ -9,13 +9,16 @@ for a sample, and the peak memory of one walk. All draw with the same seed; samp
 
 import argparse
 import json
+import math
+import multiprocessing
+import os
 from pathlib import Path
 
 import torch
 
 from ncpvae import metrics
 from ncpvae.bench.machine import description
-from ncpvae.bench.memory import peak_bytes
+from ncpvae.bench.memory import ENVIRONMENT, peak_bytes
 from ncpvae.metrics import FeatureClassifier
 from ncpvae.runs import hierarchical, open_run
 from ncpvae.samplers import SIR, Langevin, Sampler
@@ -38,10 +41,21 @@ def main() -> None:
     samplers |= {f"SIR, {m:,} proposals": SIR(m) for m in args.proposals}
     samplers |= {f"Langevin, {t:,} steps": Langevin(t, args.step_size, "epsilon") for t in args.steps}
     rows = measured(args, samplers)
+    os.environ |= ENVIRONMENT  # of the process that measures memory, where no other sampler has been
+    for row, sampler in zip(rows, samplers.values(), strict=True):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row["peak_bytes"] = pool.apply(peak, (args.run, sampler))
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("output", "run")}
     record = {"run": args.run.name, "settings": settings, "walks": WALKS, "rows": rows}
     device = open_run(args.run).device
     args.output.write_text(json.dumps(record | {"machine": description(device)}, indent=1, ensure_ascii=False) + "\n")
+
+
+def peak(folder: Path, sampler: Sampler | None) -> int | None:
+    """Bytes that a walk of `WALKS` samples adds at its peak."""
+    run = open_run(folder)
+    model = run.nvae() if sampler is None else run.hierarchical_prior()
+    return peak_bytes(lambda: hierarchical.draw(run, model, WALKS, sampler, walks=WALKS), run.device)
 
 
 def measured(args: argparse.Namespace, samplers: dict[str, Sampler | None]) -> list[dict[str, object]]:
@@ -56,12 +70,7 @@ def measured(args: argparse.Namespace, samplers: dict[str, Sampler | None]) -> l
     rows: list[dict[str, object]] = []
     for name, sampler in samplers.items():
         model = prior.vae if sampler is None else prior
-
-        def draw(num: int, model=model, sampler=sampler) -> hierarchical.Draws:
-            return hierarchical.draw(run, model, num, sampler, seed=args.seed, walks=WALKS)
-
-        peak = peak_bytes(lambda draw=draw: draw(WALKS), run.device)
-        draws = draw(args.samples)
+        draws = hierarchical.draw(run, model, args.samples, sampler, seed=args.seed, walks=WALKS)
         found = space(draws.x)
         near = metrics.density_coverage(some, found, device=run.device)
         rows.append(
@@ -70,9 +79,8 @@ def measured(args: argparse.Namespace, samplers: dict[str, Sampler | None]) -> l
                 "frechet": metrics.frechet_distance(real, found).value,
                 "density": near.density,
                 "coverage": near.coverage,
-                "ess": draws.ess.nanmean(0).tolist() if isinstance(sampler, SIR) else None,
+                "ess": [None if math.isnan(value) else value for value in draws.ess.mean(0).tolist()],
                 "seconds_per_sample": draws.seconds / args.samples,
-                "peak_bytes": peak,
             }
         )
         print(json.dumps(rows[-1], ensure_ascii=False), flush=True)

@@ -13,7 +13,7 @@ from torch.distributions import Independent, Laplace, MultivariateNormal
 
 from ncpvae import VAE, ConvEncoder, MLPDecoder, MLPEncoder, Normal, NormalLikelihood, fit_vae
 from ncpvae.critics import HybridCritic, NeuralCritic, SelfCritic
-from ncpvae.distributions import diagonal_normal
+from ncpvae.distributions import BernoulliLikelihood, diagonal_normal
 from ncpvae.info import info
 from ncpvae.nn import mlp
 from ncpvae.objectives import VAELoss, info_nce
@@ -195,6 +195,22 @@ def test_a_share_past_the_end_and_encoders_without_layers_are_refused():
 # --- the objective --------------------------------------------------------------------------------------------------
 
 
+def test_the_heads_of_a_deep_encoder_tell_examples_apart_from_the_start():
+    """With torch's own initialisation they hardly do, and the critic learns so late that z may have collapsed."""
+    encoder = MLPEncoder(20, [32] * 10, 4, nn.ReLU)
+    vae = VAE(encoder, MLPDecoder(4, [8], (20,)), BernoulliLikelihood(), Normal(4))
+    torch.manual_seed(0)
+    x = torch.rand(100, 20).round()
+
+    def likeness(head):
+        features = nn.functional.normalize(head(x).flatten(1), dim=1)
+        return float((features.detach() @ features.detach().T).mean())
+
+    critic = HybridCritic(vae, 0)
+    assert likeness(encoder.remainder(0)) > 0.99 and likeness(critic.heads.x_head) < 0.97
+    assert all(not p.any() for name, p in critic.heads.x_head.named_parameters() if name.endswith("bias"))
+
+
 def test_the_bound_holds_and_is_tight_for_the_optimal_critic():
     """x ~ N(0, I), q(z|x) = N(x, s²): I(x; z) = D/2·log(1 + 1/s²); with the posterior as critic N must exceed e^I."""
     d, s, n = 2, 0.4, 4096
@@ -259,7 +275,7 @@ def test_training_with_a_critic_raises_the_information_in_z():
         vae = small_vae()
         vae.likelihood = NormalLikelihood(4.0)
         options = {"critic": build(vae), "critic_weight": 2.0} if build else {}
-        result = fit_vae(vae, x, validation=x, steps=300, batch_size=64, lr=3e-3, progress=False, **options)
+        result = fit_vae(vae, x, validation=x, steps=500, batch_size=64, lr=3e-3, progress=False, **options)
         return result.history[-1]["validation_kl"]
 
     plain, self_critic, hybrid = (kl(b) for b in (None, lambda vae: SelfCritic(), lambda vae: HybridCritic(vae, 1)))
@@ -335,7 +351,7 @@ LARGE = """
 import resource, torch
 from ncpvae import ops
 from ncpvae.critics import NeuralCritic, SelfCritic
-from ncpvae.distributions import diagonal_normal
+from ncpvae.distributions import BernoulliLikelihood, diagonal_normal
 from ncpvae.objectives import info_nce
 from torch import nn
 

@@ -44,7 +44,8 @@ def shrunk(recipe, **changes):
         test_examples=30,
         temperatures=(0.7,),
     )
-    prior = replace(recipe.prior, steps=6, batch_size=16, channels=4, blocks=1, log_z_samples=50, log_z_repeats=2)
+    small_classifiers = {"steps": 6, "batch_size": 16, "channels": 4, "blocks": 1}
+    prior = replace(recipe.prior, **small_classifiers, log_z_samples=50, log_z_repeats=2, min_jsd=-1.0)  # none is flat
     settings = {"shape": (recipe.shape[0], 16, 16), "steps": 6, "batch_size": 16, "warmup_steps": 2}
     return replace(recipe, **settings, **small, **ladder, **cells, evaluation=e, prior=prior, **changes)
 
@@ -92,8 +93,8 @@ def test_all_figures_are_of_both_priors_and_of_every_group(run):
     assert found[figures.KL].base == pytest.approx(sum(group.kl for group in groups))
     prior = run.hierarchical_prior()
     for k, group in enumerate(groups):
-        assert group.flat == (k in prior.flat) == (group.jsd < 0.0)
-        assert (group.ess is None) == group.flat and (group.flat or 1.0 <= group.ess <= 20.0)
+        assert not group.flat and k not in prior.flat and 1.0 <= group.ess <= 20.0 and group.log_mean_std > 0
+    assert found[figures.NLL].base != found[figures.NLL].ncp
     table = comparison.compare([run.folder], run.folder / "compared.json")
     assert figures.NLL in table
     record = json.loads((run.folder / "compared.json").read_text())
@@ -119,10 +120,12 @@ def test_samples_are_those_of_the_seed_by_every_sampler(run, tmp_path):
         path, draws = sampling.sample(run, 18, way, 0.9, seed=3, output=tmp_path / f"{name}.safetensors")
         files[name] = load_file(path)
         assert draws.ess.shape == (18, 2) and path.with_suffix(".png").is_file()
+        assert draws.ess.isnan().all() == (name == "langevin")
     again = load_file(sampling.sample(run, 18, ways["sir"], 0.9, seed=3, output=tmp_path / "again.safetensors")[0])
     assert again.keys() == {"x", "z_1", "z_2"}
     assert all(torch.equal(again[name], tensor) for name, tensor in files["sir"].items())
     assert not torch.equal(files["sir"]["x"], files["readjusted"]["x"])
+    assert len({files[name]["x"].sum().item() for name in files}) == 4
     base, draws = sampling.sample(run, 18, ways["sir"], base=True, seed=3)
     assert draws.ess.isnan().all() and load_file(base)["x"].shape == (18, 1, 16, 16)
 
@@ -197,7 +200,34 @@ def test_the_command_line_takes_the_groups_settings(run, capsys, tmp_path):
     assert "held-out loss 1." in capsys.readouterr().out
     assert open_run(tmp_path / "run").hierarchical_prior().flat == {0, 1}
     assert cli.main(["sample", str(tmp_path / "run"), "--count", "3", "--device", "cpu"]) == 0
-    assert "ESS of each group's draws on average base, base" in capsys.readouterr().out
+    assert "ESS of each group's proposals on average none, none" in capsys.readouterr().out
+
+
+def test_the_planned_memory_grows_with_the_batch_alone():
+    recipe = shrunk(RECIPES["nvae-cpu"])
+    memory = [training.plan(replace(recipe, batch_size=size))["memory"] for size in (8, 16)]
+    weights, activations = ([plan[name] for plan in memory] for name in memory[0])
+    assert activations[1] == 2 * activations[0] > 0
+    assert weights[0] == weights[1] > 16 * sum(p.numel() for p in recipe.vae().parameters())  # and what is made of them
+
+
+def test_a_page_is_of_the_proposals_that_were_measured(run):
+    evaluation.evaluate(run, replace(run.recipe.evaluation, sir_proposals=60))
+    assert "Latent groups" in reporting.report(run).read_text()
+    evaluation.evaluate(run)
+
+
+def test_a_prior_of_another_vae_is_refused(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    run.recipe.vae().save_pretrained(tmp_path / "run" / "vae")
+    with pytest.raises(ValueError, match="is a prior of another VAE than"):
+        open_run(tmp_path / "run").hierarchical_prior()
+
+
+def test_a_mixture_of_logistics_is_learned_as_well(tmp_path):
+    recipe = shrunk(RECIPES["nvae-cifar10"], likelihood="logistic-mixture", data=images(tmp_path / "x.npz", 3))
+    _, result = training.train(tmp_path / "run", "nvae-cifar10", replace(recipe, warmup_steps=0), "x", progress=False)
+    assert result.history[-1]["validation_loss"] < result.history[0]["validation_loss"]
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -209,6 +239,7 @@ def test_the_papers_recipes_do_their_first_steps(name, tmp_path):
     assert result.steps == 2 and torch.isfinite(torch.tensor(result.history[-1]["validation_loss"]))
     training.fit_prior(run, replace(recipe.prior, steps=2), progress=False)
     draws = hierarchical.draw(run, run.hierarchical_prior(), 2, SIR(5))
+    assert set(training.plan(recipe)["parameters"]) == {"VAE", "classifier"}
     assert draws.x.shape == (2, *recipe.shape) and 0.0 <= draws.x.min() <= draws.x.max() <= 1.0
 
 
@@ -249,6 +280,9 @@ def test_the_papers_models_have_the_published_groups(name):
         ({"min_lr": 1.0}, "min_lr must be ≤ lr, 0.005, got 1"),
         ({"warmup_steps": 6}, "warmup_steps must be ≥ 0 and < 6, got 6"),
         ({"bits": 9}, "bits must be ≥ 1 and < 9, got 9"),
+        ({"likelihood": "normall"}, "likelihood must be one of bernoulli, normal, logistic-mixture, got 'normall'"),
+        ({"kl_warmup": 0.0}, r"kl_warmup must be in \(0, 1\], got 0.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and ≥ 0, got -1.0"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes, message):

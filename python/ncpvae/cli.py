@@ -136,8 +136,8 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         beside = [path.with_suffix(suffix).name for suffix in (".png", ".txt") if path.with_suffix(suffix).is_file()]
         _say(" and ".join([str(path), *beside]))
         if isinstance(result, Draws):
-            each = ", ".join("base" if math.isnan(value) else f"{value:.1f}" for value in result.ess.mean(0).tolist())
-            _say(f"ESS of each group's draws on average {each}; {result.seconds:.1f} s")
+            each = ", ".join("none" if math.isnan(value) else f"{value:.1f}" for value in result.ess.mean(0).tolist())
+            _say(f"ESS of each group's proposals on average {each}; {result.seconds:.1f} s")
         elif result is not None:
             d = result.diagnostics
             if d.stopped == "num_steps":
@@ -370,7 +370,8 @@ def _settings_of(argv: Sequence[str]) -> Any:
     from .recipes import RECIPES
     from .runs import open_run
 
-    folders = [Path(word) for word in argv[1:] if (Path(word) / "config.json").is_file()]
+    models = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--features"]  # folders, but not runs
+    folders = [Path(word) for word in argv[1:] if word not in models and (Path(word) / "config.json").is_file()]
     needed = argv[:1] in (["fit-prior"], ["evaluate"])
     return open_run(folders[0]).recipe if needed and folders else RECIPES["mnist-mlp"]
 

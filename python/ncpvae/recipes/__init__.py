@@ -3,7 +3,7 @@
 from .base import Evaluation, Recipe, from_dict, initialised
 from .digits import Digits
 from .gaussians import Gaussians
-from .hierarchical import GroupClassifiers, HierarchicalEvaluation, HierarchicalRecipe
+from .hierarchical import GroupClassifiers, HierarchicalRecipe
 from .images_conv import ImagesConv
 from .mnist_mlp import MnistMLP
 from .nvae_colour import NvaeCeleba64, NvaeCelebahq256, NvaeCifar10
@@ -39,7 +39,6 @@ __all__ = [
     "Evaluation",
     "Gaussians",
     "GroupClassifiers",
-    "HierarchicalEvaluation",
     "HierarchicalRecipe",
     "ImagesConv",
     "MnistMLP",

@@ -42,6 +42,8 @@ class ClassifierTraining:
         for name in ("steps", "batch_size"):
             check_count(f"prior.{name}", getattr(self, name))
         check_positive("prior.lr", self.lr)
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"prior.label_smoothing must be in [0, 1), got {self.label_smoothing!r}")
 
     def options(self) -> dict[str, Any]:
         """These settings as arguments of `fit_ncp` and `fit_hierarchical_ncp`."""

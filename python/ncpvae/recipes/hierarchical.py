@@ -1,7 +1,8 @@
 """Recipes for NVAE with a noise contrastive prior for each group of latent variables."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -13,7 +14,10 @@ from ..priors import group_classifiers
 from ..train import WarmupCosine, adamax
 from ..train.engine import Schedule
 from ..train.execution import check_count, check_positive
-from .base import ClassifierTraining, Evaluation, Recipe
+from .base import ClassifierTraining, Recipe
+
+Pixels = Literal["bernoulli", "normal", "logistic-mixture"]
+LIKELIHOODS = get_args(Pixels)
 
 
 @dataclass(frozen=True)
@@ -37,25 +41,15 @@ class GroupClassifiers(ClassifierTraining):
         super().__post_init__()
         for name in ("channels", "blocks", "log_z_samples", "log_z_repeats"):
             check_count(f"prior.{name}", getattr(self, name))
-
-
-@dataclass(frozen=True)
-class HierarchicalEvaluation(Evaluation):
-    """How figures and pictures come about."""
-
-    paths: int = 64
-    """from the top, along which each group's log E_p[r_k | c_k] is measured"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("paths", self.paths)
+        if math.isnan(self.min_jsd):
+            raise ValueError(f"prior.min_jsd must be a number, got {self.min_jsd!r}")
 
 
 @dataclass(frozen=True)
 class HierarchicalRecipe(Recipe):
     """An experiment with NVAE. What its fields are set to by default is of the published MNIST model."""
 
-    likelihood: Literal["bernoulli", "normal", "logistic-mixture"] = "bernoulli"
+    likelihood: Pixels = "bernoulli"
     """of binarised pixels, of colours, or of levels"""
     bits: int = 8
     """of the colours"""
@@ -98,7 +92,6 @@ class HierarchicalRecipe(Recipe):
     initial_regularization: float | None = None
     """λ at the start, from which it changes while β rises"""
     prior: GroupClassifiers = field(default_factory=GroupClassifiers)
-    evaluation: HierarchicalEvaluation = field(default_factory=HierarchicalEvaluation)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,13 +100,24 @@ class HierarchicalRecipe(Recipe):
             raise ValueError(f"min_lr must be ≤ lr, {self.lr:g}, got {self.min_lr:g}")
         check_count("warmup_steps", self.warmup_steps, minimum=0, below=self.steps)
         check_count("bits", self.bits, below=9)
+        if self.likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
+        if not 0.0 < self.kl_warmup <= 1.0:
+            raise ValueError(f"kl_warmup must be in (0, 1], got {self.kl_warmup!r}")
+        for name in ("weight_decay", "regularization", "initial_regularization"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and ≥ 0, got {value!r}")
 
     def vae(self, mean: Tensor | None = None) -> NVAE:
-        likelihoods = {"bernoulli": BernoulliLikelihood(), "normal": PixelNormalLikelihood()}
-        mixture = LogisticMixtureLikelihood(bits=self.bits)
+        likelihoods = {
+            "bernoulli": BernoulliLikelihood(),
+            "normal": PixelNormalLikelihood(),
+            "logistic-mixture": LogisticMixtureLikelihood(bits=self.bits),
+        }
         model = NVAE(
             self.shape,  # type: ignore[arg-type]
-            likelihoods.get(self.likelihood, mixture),
+            likelihoods[self.likelihood],
             channels=self.channels,
             groups_per_scale=self.groups_per_scale,
             latent_channels=self.latent_channels,

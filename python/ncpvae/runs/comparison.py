@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..recipes import RECIPES, VAERecipe
+from ..recipes import RECIPES, VAERecipe, from_dict
 from ..report import Metric
 from ..report.content import flatten
-from .evaluation import cautions, cell, read_evaluation, read_figures, read_groups, table
+from .evaluation import FILE, cautions, cell, read_evaluation, read_figures, read_groups, table
 from .figures import AU, CAP, KL, MARGINAL_KL, MI, NLL
 from .folder import Run, as_json, open_run, write_json
 
@@ -104,8 +104,12 @@ def grouped(runs: list[Run]) -> list[Group]:
 
 
 def _measured_with(run: Run) -> dict[str, Any]:
+    """The settings, with defaults for what there was not when the run was measured."""
     record = read_evaluation(run)
-    return as_json(run.recipe) if record is None else record["settings"]
+    if record is None:
+        return as_json(run.recipe)
+    settings = as_json(from_dict(RECIPES[run.name], record["settings"], str(run.folder / FILE)))
+    return settings | {"prior": {**settings["prior"], "execution": None}}
 
 
 def _settings_apart(keys: list[dict], otherwise: list[str]) -> list[str]:

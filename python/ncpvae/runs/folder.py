@@ -151,11 +151,15 @@ class Run:
 
     def hierarchical_prior(self) -> HierarchicalNCP:
         """The trained noise contrastive prior of a hierarchical VAE, with the VAE, on the run's device."""
-        shapes = [group.shape for group in self.nvae().groups]
+        weights = self.nvae().state_dict()
         prior = HierarchicalNCP.from_pretrained(self._fitted()).to(self.device)
-        own = [group.shape for group in prior.groups]
-        if own != shapes:
-            raise ValueError(f"{self.prior_folder / 'model'} is a prior of {own}, and the VAE has codes of {shapes}")
+        own = prior.vae.state_dict()
+        same = own.keys() == weights.keys() and all(torch.equal(own[name], weights[name]) for name in weights)
+        if not same:
+            raise ValueError(
+                f"{self.prior_folder / 'model'} is a prior of another VAE than {self.folder / 'vae'}: fit it again, "
+                f"ncpvae fit-prior {self.folder} --overwrite"
+            )
         return prior
 
     def _fitted(self) -> Path:

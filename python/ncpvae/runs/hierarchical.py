@@ -30,7 +30,7 @@ class Draws:
     Attributes:
         x: pictures in [0, 1], the decoder's means.
         z: of every group.
-        ess: effective sample size, [N, K]; NaN where z_k came from the base.
+        ess: effective sample size, [N, K]; NaN where z_k came from the base or by Langevin dynamics.
         log_mean: log E_p[r_k | c_k] of each sample's path, [N, K] nats; NaN likewise.
         num_proposals: of each group for a sample; the most where their number adapts.
         seconds: for all N, decoding included.
@@ -107,9 +107,11 @@ def _base_blocks(
 def _on_cpu(run: Run, block: HierarchicalDraw) -> Draws:
     rows = len(block.z[0])
     unknown = torch.full((rows,), torch.nan)
-    told = [d for d in block.diagnostics if d is not None]
+    # a chain of Langevin dynamics starts from one draw, which has no effective sample size
+    weighed = [None if d is None or d.stopped == "num_steps" else d for d in block.diagnostics]
+    told = [d for d in weighed if d is not None]
     ess, log_mean = (
-        torch.stack([unknown if d is None else getattr(d, name).float().cpu() for d in block.diagnostics], dim=1)
+        torch.stack([unknown if d is None else getattr(d, name).float().cpu() for d in weighed], dim=1)
         for name in ("ess", "log_normalizer")
     )
     x = run.recipe.pictures(block.likelihood.mean).clamp(0, 1).cpu()

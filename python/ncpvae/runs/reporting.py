@@ -100,12 +100,14 @@ def hierarchical_parts(run: Run) -> dict[str, Any]:
         samples.append(Samples(temperature, base.x, ncp.x))
         if temperature == 1.0:
             neighbours = nearest_training(run, ncp.x[: 2 * RECONSTRUCTIONS])
+    record = read_evaluation(run)  # its groups' ESS are of its own number of proposals
+    measured = e.sir_proposals if record is None else record["settings"]["evaluation"]["sir_proposals"]
     return {
         "samples": samples,
         "reconstructions": hierarchical.reconstructions_of(run, vae, run.dataset.splits.test[:RECONSTRUCTIONS]),
         "neighbours": neighbours,
         "groups": read_groups(run),
-        "num_proposals": None if prior is None else e.sir_proposals,
+        "num_proposals": None if prior is None else measured,
     }
 
 
@@ -113,7 +115,8 @@ def summary(run: Run, figures: list[Metric]) -> str:
     """A paragraph with the headline numbers."""
     stage_one = run.config.get("stage_one", {})
     text = f"A VAE trained on {run.recipe.data} for {stage_one.get('steps', run.recipe.steps):,} steps"
-    text += ", its prior then reweighted by a classifier." if run.has_prior() else "."
+    by = "a classifier for each group of latent variables" if run.hierarchical else "a classifier"
+    text += f", its prior then reweighted by {by}." if run.has_prior() else "."
     by_name = {figure.name: figure for figure in figures}
     nll = by_name.get(NLL)
     if nll is not None and nll.base is not None and nll.ncp is not None:

@@ -153,7 +153,7 @@ def _keep(run: Run, path: Path, z: dict[str, Tensor], x: Tensor, title: str) -> 
 
 @torch.no_grad()
 def reconstruct(run: Run, num: int, output: Path | None = None) -> Path:
-    """The first `num` test examples, and the decoder's mean at their codes' mean."""
+    """The first `num` test examples, and the decoder's mean at their codes' mean, of hierarchical VAEs at a draw."""
     check_count("count", num)
     originals, reconstructions = reconstructed(run, run.dataset.splits.test[:num])
     path = output or run.folder / "samples" / "reconstructions.safetensors"

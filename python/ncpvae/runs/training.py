@@ -210,13 +210,25 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What a recipe would need, without reading data: parameters, and an estimate of memory in bytes.
 
     Weights, gradients and Adam's two moments in float32, and the activations that a step keeps for its backward pass,
-    counted on two examples and scaled to the batch. Workspace of kernels and the framework itself come on top.
+    extrapolated from two and four examples to the batch. Workspace of kernels and the framework itself come on top.
     """
     vae = initialised(recipe.seed, recipe.vae)
     classifiers = initialised(recipe.seed, lambda: recipe.classifiers(vae))
     loss = recipe.objective(vae)
     parameters = {"VAE": _count(vae), "classifier": sum(_count(classifier) for classifier in classifiers)}
     parameters |= {"critic": _count(loss) - _count(vae)} if _count(loss) > _count(vae) else {}
+    two, four = (_kept_for_backward(loss, recipe.example(count)) for count in (2, 4))
+    each = (four - two) // 2
+    per_forward = -(-recipe.batch_size // recipe.execution.gradient_accumulation)
+    memory = {
+        "weights, gradients, optimiser": 16 * _count(loss) + max(0, two - 2 * each),  # with what is made of weights
+        "activations of a batch": each * per_forward,
+    }
+    return {"parameters": parameters, "memory": memory}
+
+
+def _kept_for_backward(loss: nn.Module, x: Tensor) -> int:
+    """Bytes that a step on x keeps for its backward pass, the weights themselves not counted."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -225,15 +237,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
     own = {p.untyped_storage().data_ptr() for p in loss.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _random.scoped(0):
-        x = recipe.example(2)
         next(iter(loss(x).values())).backward()
-    activations = sum(size for pointer, size in kept.items() if pointer not in own)
-    per_forward = -(-recipe.batch_size // recipe.execution.gradient_accumulation)
-    memory = {
-        "weights, gradients, optimiser": 16 * _count(loss),
-        "activations of a batch": activations * per_forward // 2,
-    }
-    return {"parameters": parameters, "memory": memory}
+    return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
 def _count(module: nn.Module) -> int:

@@ -25,9 +25,9 @@ class Execution:
         mixed_precision: "no", "bf16" or "fp16"; None leaves it to `accelerate launch`, "no" without it.
         gradient_accumulation: parts that each process's share of a batch is worked through in, to save memory.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
-        skip_grad_norm: a step whose gradient has a larger norm, or none that is finite, leaves the weights as they
-            are; one device synchronisation each step. The log has the norm, this one where it is larger, and the share
-            of steps that were skipped. Not with fp16, whose loss scale skips by itself.
+        skip_grad_norm: a step of finite loss whose gradient has a larger norm, or none that is finite, leaves the
+            weights as they are; one device synchronisation each step. The log has the norm, this one where it is
+            larger, and the share of steps that were skipped. Not with fp16, whose loss scale skips by itself.
         ema_decay: keep an exponential moving average of the weights, and validate and end with that.
         compile: the loss by torch.compile with this backend: "inductor" is the usual one.
         checkpoint_every: steps between checkpoints; with each validation by default. Only runs with a folder have any.
@@ -65,8 +65,6 @@ class Execution:
         for name in ("max_grad_norm", "skip_grad_norm"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
-        if self.skip_grad_norm is not None and self.mixed_precision == "fp16":
-            raise ValueError(f"skip_grad_norm must be None with fp16, got {self.skip_grad_norm!r}")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be between 0 and 1, got {self.ema_decay!r}")
 
@@ -116,6 +114,8 @@ def own_accelerator(execution: Execution, folder: Path | None, cpu: bool) -> "It
             log_with=list(execution.trackers) or None,
             project_dir=None if folder is None else str(folder),
         )
+        if execution.skip_grad_norm is not None and accelerator.scaler is not None:
+            raise ValueError(f"skip_grad_norm must be None with fp16, got {execution.skip_grad_norm!r}")
         if execution.trackers:
             accelerator.init_trackers("ncpvae")
         if str(accelerator.distributed_type).endswith("FSDP"):  # sharded files have an index that is a pickle

@@ -113,6 +113,8 @@ def fit_hierarchical_vae(
     prepare_held_out = validation_transform or transform
     batches, gather = source("fit_hierarchical_vae", "data", data, batch_size, seed)
     weight = KLWarmup(steps) if kl_weight is None else kl_weight
+    if not callable(weight) and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
+        raise TypeError(f"fit_hierarchical_vae: kl_weight must be a number or a function, got {type(weight).__name__}")
     beta = weight if callable(weight) else lambda step: weight
 
     def terms(batch: tuple[Any, int]) -> dict[str, Tensor]:
@@ -125,6 +127,7 @@ def fit_hierarchical_vae(
 
     known = {"stage": "hierarchical vae", "batch_size": batch_size, "kl_weight": described(weight)}
     known |= {"balance": balance, "regularization": [loss.initial_regularization, loss.regularization]}
+    known |= {"schedule": described(schedule)} if schedule is not None else {}
     return train(
         loss,
         terms,
