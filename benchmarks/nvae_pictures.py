@@ -25,7 +25,8 @@ def main(folder: Path, groups_picture: Path, samples_picture: Path) -> None:
         sys.exit(f"{folder} has not been evaluated: ncpvae evaluate {folder}")
     proposals = record["settings"]["evaluation"]["sir_proposals"]
     plots.save_groups(groups_picture, groups, proposals)
-    print(correlation([group.loss for group in groups], [group.ess for group in groups]))
+    _, losses, sizes = zip(*plots.paired(groups), strict=True)
+    print(correlation(losses, sizes))
     prior, seed, panels = run.hierarchical_prior(), run.recipe.seed, []
     for temperature in (1.0, 0.7):
         base = hierarchical.draw(run, prior.vae, IMAGES, None, temperature, seed)

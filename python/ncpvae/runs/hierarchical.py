@@ -76,6 +76,7 @@ def draw(
         walks: samples of one walk; another number gives other samples.
     """
     started, ranks = time.perf_counter(), _distributed.ranks()
+    _distributed.check_seed("draw", seed)
     with ranks.failing_together("draw"):
         if isinstance(model, HierarchicalNCP):
             blocks = model.draw_blocks(num, sampler, temperature, seed, walks)
