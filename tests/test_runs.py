@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ncpvae import NoiseContrastivePrior
 from ncpvae.recipes import RECIPES, Recipe, StageTwo, VAERecipe, from_dict
 from ncpvae.runs import comparison, evaluation, open_run, reporting, sampling, training
+from ncpvae.runs import figures as names
 from ncpvae.runs.folder import as_json, new_run
 from ncpvae.vae import VAE
 
@@ -128,14 +129,14 @@ def test_the_same_seed_gives_the_same_weights(run, tmp_path):
 
 def test_evaluation_measures_and_keeps_its_protocols(run):
     figures = {f.name: f for f in evaluation.evaluate(run)}
-    assert set(figures) >= {evaluation.NLL, evaluation.JSD, "log Ẑ", "density", "coverage", "memorisation C_T"}
-    nll = figures[evaluation.NLL]
+    assert set(figures) >= {names.NLL, names.JSD, "log Ẑ", "density", "coverage", "memorisation C_T"}
+    nll = figures[names.NLL]
     assert nll.base > 0 and nll.ncp > 0 and "20 draws per example, 300 examples" in nll.protocol
     gain = figures["gain per example, SNIS bound"]
     assert gain.ncp == pytest.approx(nll.base - nll.ncp, abs=1e-3)
     assert evaluation.read_figures(run) == list(figures.values())
     table = evaluation.table_of(list(figures.values()))
-    assert evaluation.NLL in table and f"{nll.ncp:.4g}" in table
+    assert names.NLL in table and f"{nll.ncp:.4g}" in table
     assert comparison.compare([run.folder, run.folder]).count("digits: NCP") == 2
 
 
@@ -167,7 +168,7 @@ def test_evaluation_without_a_prior_measures_the_base(run, tmp_path):
 def test_the_page_shows_the_run(run):
     evaluation.evaluate(run)
     text = reporting.report(run).read_text()
-    for part in ("digits", "ncpvae fit-prior digits", evaluation.NLL, "Nearest training", "Reconstructions", "Latent"):
+    for part in ("digits", "ncpvae fit-prior digits", names.NLL, "Nearest training", "Reconstructions", "Latent"):
         assert part in text, part
 
 
@@ -268,7 +269,7 @@ def test_a_refitted_base_is_not_called_the_prior(run, tmp_path):
     copy = open_run(tmp_path / "run")
     training.fit_prior(copy, replace(copy.recipe.prior, base="mixture", steps=5), overwrite=True, progress=False)
     figures = {f.name: f for f in evaluation.evaluate(open_run(copy.folder))}
-    assert evaluation.JSD not in figures and figures["JSD(q(z) ‖ mixture fitted to q(z))"].base is None
+    assert names.JSD not in figures and figures["JSD(q(z) ‖ mixture fitted to q(z))"].base is None
     text = reporting.report(open_run(copy.folder)).read_text()
     assert "reweights a base of its own" in text and "The prior hole was" not in text
 
