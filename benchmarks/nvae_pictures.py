@@ -12,7 +12,7 @@ from ncpvae import plots
 from ncpvae.report.groups import correlation
 from ncpvae.runs import hierarchical, open_run
 from ncpvae.runs.evaluation import read_evaluation, read_groups
-from ncpvae.runs.reporting import nearest_training
+from ncpvae.runs.sampling import nearest_training
 from ncpvae.samplers import SIR
 
 IMAGES = 36

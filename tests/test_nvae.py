@@ -392,6 +392,8 @@ def test_the_loss_is_the_negative_bound_and_its_terms():
 def test_a_loss_for_something_else_is_refused():
     with pytest.raises(TypeError, match="vae must be an nn.Module with groups, encode, posterior and walk, got Linear"):
         HierarchicalLoss(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="balance must be True or False, got 'no'"):
+        HierarchicalLoss(small(), balance="no")
     with pytest.raises(ValueError, match="regularization must be finite and ≥ 0, got -1"):
         HierarchicalLoss(small(), regularization=-1)
     with pytest.raises(ValueError, match="must both be 0 or neither"):

@@ -165,6 +165,17 @@ def test_evaluation_without_a_prior_measures_the_base(run, tmp_path):
     assert reporting.report(open_run(tmp_path / "run")).is_file()
 
 
+def test_nearest_training_examples_are_found_part_by_part(run, monkeypatch):
+    train = run.dataset.splits.train
+    chosen = torch.tensor([3, 40, 700])
+    found, nearest, distances = sampling.nearest_training(run, train[chosen].float() / 16 + 0.01)
+    monkeypatch.setattr(sampling, "AT_ONCE", 37)
+    again = sampling.nearest_training(run, found)
+    assert torch.equal(nearest, train[chosen].float() / 16) and torch.equal(again[1], nearest)
+    torch.testing.assert_close(again[2], distances)
+    torch.testing.assert_close(distances, torch.full((3,), 0.01 * found[0].numel() ** 0.5))
+
+
 def test_the_page_shows_the_run(run):
     evaluation.evaluate(run)
     text = reporting.report(run).read_text()

@@ -326,6 +326,8 @@ class HierarchicalLoss(nn.Module):
                 "HierarchicalLoss: vae must be an nn.Module with groups, encode, posterior and walk, got "
                 f"{type(vae).__name__}"
             )
+        if not isinstance(balance, bool):
+            raise TypeError(f"HierarchicalLoss: balance must be True or False, got {balance!r}")
         first = regularization if initial_regularization is None else initial_regularization
         for name, value in (("regularization", regularization), ("initial_regularization", first)):
             if not (math.isfinite(value) and value >= 0):

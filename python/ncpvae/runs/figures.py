@@ -17,6 +17,7 @@ from .folder import Run
 MI, CAP, AU = "mutual information I(x; z)", "its cap, log N", "active units"
 KL, MARGINAL_KL = "KL(q(z|x) ‖ p(z))", "KL(q(z) ‖ p(z))"
 NLL, JSD = "test NLL, SNIS bound", "JSD(q(z) ‖ base)"  # the headlines
+AT_ONCE = 1 << 12  # training examples turned into floating point, four times their size, at once
 
 
 def compared_likelihoods(nll: dict[str, Likelihood], unit: str, protocol: str, ways: dict[str, str]) -> list[Metric]:
@@ -67,16 +68,17 @@ def fidelity(run: Run, means: bool, base: Tensor, ncp: Tensor | None, features: 
     dataset, e = run.dataset, run.recipe.evaluation
     scale = dataset.levels or 1
     sides = {"base": base, "ncp": ncp}
-    with _random.scoped(seed):  # draws of binary pixels are compared with data binarised alike
-        test, train = (
-            part.float() / scale if means else run.recipe.pictures(run.recipe.evaluation_transform(part))
-            for part in (dataset.splits.test, dataset.splits.train)
-        )
+    test, train = dataset.splits.test, dataset.splits.train
+    if not means:
+        with _random.scoped(seed):  # draws of binary pixels are compared with data binarised alike
+            test, train = (run.recipe.pictures(run.recipe.evaluation_transform(part)) for part in (test, train))
     extractor = None if len(run.recipe.shape) != 3 else _extractor(features, run)
 
-    def space(x: Tensor) -> Any:
-        x = run.recipe.comparable(x)
-        return x if extractor is None else metrics.extract_features(x, extractor, device=run.device)
+    def space(x: Tensor, maximum: int = 1) -> Any:
+        if extractor is None:
+            return run.recipe.comparable(x.float() / maximum)
+        parts = (run.recipe.comparable(part.float() / maximum) for part in x.split(AT_ONCE))
+        return metrics.extract_features(parts, extractor, device=run.device)
 
     where = run.recipe.comparable_in if extractor is None else str(extractor.name)
     if len(run.recipe.shape) == 3:
@@ -85,7 +87,7 @@ def fidelity(run: Run, means: bool, base: Tensor, ncp: Tensor | None, features: 
         )
     where += f"; seed {seed}"
     some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[: e.samples]
-    real, known = space(test), space(train)
+    real, known = (space(part, scale if means else 1) for part in (test, train))
     part = real[some] if isinstance(real, Tensor) else replace(real, values=real.values[some])
     found = {side: space(x) for side, x in sides.items() if x is not None}
     rows: list[Metric] = []

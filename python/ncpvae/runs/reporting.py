@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _random, metrics
+from .. import _random
 from .._distributed import rank, ranks
 from ..priors import NoiseContrastivePrior
 from ..report import Metric, ReportData, Samples, write_report
@@ -18,7 +18,7 @@ from . import hierarchical
 from .evaluation import cautions, read_evaluation, read_figures, read_groups
 from .figures import JSD, NLL
 from .folder import Run, as_json
-from .sampling import ROWS_AT_ONCE, decoded, from_base, reconstructions_of
+from .sampling import ROWS_AT_ONCE, decoded, from_base, nearest_training, reconstructions_of
 
 LATENTS = 3000  # draws of each distribution in the scatter of latents
 LOG_WEIGHTS = 20_000  # base draws in the histogram of log r
@@ -145,14 +145,6 @@ def sample_grids(
             ess = result.diagnostics.ess
             neighbours = nearest_training(run, ncp[: 2 * RECONSTRUCTIONS])
     return grids, ess.cpu(), neighbours
-
-
-def nearest_training(run: Run, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples, the training example nearest to each, and the distances between them."""
-    dataset = run.dataset
-    train = dataset.splits.train.float() / (dataset.levels or 1)
-    found = metrics.nearest_neighbours(samples, train)
-    return samples, train[found.indices[:, 0]], found.distances[:, 0].float()
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from ..text_vae import TextLikelihood
 from ..train.execution import check_count, processes
 from ..vae import VAE
 from . import hierarchical
+from .figures import AT_ONCE
 from .folder import Run
 
 ROWS_AT_ONCE = 256
@@ -210,16 +211,25 @@ def spherical(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return first * a[:, None] + second * b[:, None]
 
 
+def nearest_training(run: Run, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples, the training example nearest to each, and the distances between them."""
+    train, scale = run.dataset.splits.train, run.dataset.levels or 1
+    parts = [nearest_neighbours(samples, part.float() / scale) for part in train.split(AT_ONCE)]
+    distances, which = torch.stack([found.distances[:, 0] for found in parts]).min(0)
+    indices = torch.stack([found.indices[:, 0] for found in parts]).gather(0, which[None])[0] + which * AT_ONCE
+    return samples, train[indices].float() / scale, distances.float()
+
+
 def overview(run: Run) -> Path:
     """One picture to show: test examples, samples of both priors, and what training examples are nearest to them."""
     e, seed, vae, prior = run.recipe.evaluation, run.recipe.seed, run.vae(), run.prior()
     dataset, num = run.dataset, e.pictures
-    test, train = (part.float() / (dataset.levels or 1) for part in (dataset.splits.test[:num], dataset.splits.train))
+    test = dataset.splits.test[:num].float() / (dataset.levels or 1)
     base = decoded(run, vae, from_base(vae.prior_distribution(), num, seed), seed)
     ncp = decoded(run, vae, sample_sharded(prior(), num, SIR(e.sir_proposals), seed).z, seed)
     panels = [("test examples", test), ("base prior", base), ("noise contrastive prior", ncp)]
     if len(run.recipe.shape) == 3:
-        nearest = train[nearest_neighbours(ncp, train).indices[:, 0]]
+        nearest = nearest_training(run, ncp)[1]
         panels.append(("nearest training examples", nearest))
     path = run.folder / "samples" / "overview.png"
     path.parent.mkdir(exist_ok=True)
