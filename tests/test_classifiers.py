@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ncpvae import MLPClassifier, NoiseContrastivePrior, Normal, ResidualClassifier
 from ncpvae.nn import FactorizedReduction, PackedLinear, ResidualCell, SqueezeExcitation, fused
@@ -32,7 +33,7 @@ def test_residual_context_equals_convolving_the_concatenation():
     z, context = torch.randn(2, 3, 6, 8, 8), torch.randn(2, 5, 8, 8)
     joined = torch.cat([z, context[:, None].expand(-1, 3, -1, -1, -1)], dim=2).flatten(0, 1)
     weight = torch.cat([classifier.stem.weight, classifier.context_stem.weight], dim=1)
-    h = torch.nn.functional.conv2d(joined, weight, classifier.stem.bias, padding=1)
+    h = F.conv2d(joined, weight, classifier.stem.bias, padding=1)
     expected = classifier.logit(classifier.cells(h.relu()).mean((2, 3))).view(2, 3)
     torch.testing.assert_close(classifier(z, context), expected, rtol=1e-4, atol=1e-5)
 
@@ -40,6 +41,17 @@ def test_residual_context_equals_convolving_the_concatenation():
 def test_block_b_halves_and_doubles():
     assert ResidualCell(8, downsample=True)(torch.randn(2, 8, 6, 6)).shape == (2, 16, 3, 3)
     assert ResidualCell(8)(torch.randn(2, 8, 5, 5)).shape == (2, 8, 5, 5)
+
+
+def test_factorised_reduction_is_four_convolutions_of_stride_two():
+    torch.manual_seed(0)
+    reduction, x = FactorizedReduction(4, 8).double(), torch.randn(5, 4, 12, 10).double()
+    h = F.silu(x)
+    strided = [
+        F.conv2d(part, quarter.weight, quarter.bias, stride=2)
+        for quarter, part in zip(reduction.quarters, (h, h[..., 1:, 1:], h[..., 1:], h[..., 1:, :]), strict=True)
+    ]
+    torch.testing.assert_close(reduction(x), torch.cat(strided, dim=1))
 
 
 def test_factorized_reduction_sees_every_pixel():
