@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -448,8 +449,8 @@ def three_steps(accumulation):
     model.recompute = accumulation == 1
     loss = HierarchicalLoss(model)
     options = {"steps": 3, "lr": 1e-2, "progress": False, "execution": Execution(gradient_accumulation=accumulation)}
-    descent = lambda parameters: torch.optim.SGD(parameters, lr=1e-2)  # noqa: E731 - Adam blows up rounding errors
-    train(loss, lambda x: loss(x, 0.5), [bars(16) for _ in range(3)], optimizer=descent, **options)
+    options["optimizer"] = partial(torch.optim.SGD, lr=1e-2)  # Adam blows rounding errors up
+    train(loss, lambda x: loss(x, 0.5), [bars(16) for _ in range(3)], **options)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

@@ -104,8 +104,10 @@ class FactorizedReduction(nn.Module):
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"FactorizedReduction: height and width must be even, got input {tuple(x.shape)}")
         x = F.silu(x)
-        offsets = ((0, 0), (1, 1), (0, 1), (1, 0))  # every second pixel first: oneDNN corrupts memory in the backward
-        parts = zip(self.quarters, offsets, strict=True)  # pass of 1×1 convolutions with stride 2 (torch 2.13, AVX-512)
+        # Every second pixel, then stride 1: with torch 2.13's oneDNN on an AVX-512 machine the backward pass of 1×1
+        # convolutions with stride 2 corrupted the heap.
+        offsets = ((0, 0), (1, 1), (0, 1), (1, 0))
+        parts = zip(self.quarters, offsets, strict=True)
         return torch.cat([convolution(x[:, :, i::2, j::2]) for convolution, (i, j) in parts], dim=1)
 
 
