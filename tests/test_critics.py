@@ -17,7 +17,7 @@ from ncpvae.distributions import BernoulliLikelihood, diagonal_normal
 from ncpvae.info import info
 from ncpvae.nn import mlp
 from ncpvae.objectives import VAELoss, info_nce
-from ncpvae.train import adamw
+from ncpvae.train import Execution, adamw
 from ncpvae.train.engine import train
 from ncpvae.vae import GaussianEncoder, StackedConvDecoder, StackedConvEncoder
 
@@ -282,6 +282,37 @@ def test_training_with_a_critic_raises_the_information_in_z():
     assert plain < 0.2
     assert self_critic > 0.5
     assert hybrid > 0.5
+
+
+@pytest.mark.parametrize("kind", ["self", "hybrid"])
+def test_a_compiled_loss_with_a_critic_trains_the_same(kind):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+    def trained(execution):
+        torch.manual_seed(0)
+        vae = small_vae()
+        critic = SelfCritic() if kind == "self" else HybridCritic(vae, 1, hidden=8, width=4)
+        settings = {"steps": 3, "batch_size": 16, "validation": x, "progress": False, "execution": execution}
+        return fit_vae(vae, x, critic=critic, critic_weight=2.0, **settings).history[-1]["validation_critic"]
+
+    assert trained(Execution(compile="aot_eager")) == pytest.approx(trained(Execution()), rel=1e-5)
+
+
+def test_the_moving_average_is_of_the_critic_too():
+    """One that hardly moves: its weights are those of the first step, from which it starts."""
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+    def trained(steps, execution):
+        torch.manual_seed(0)
+        vae = small_vae()
+        critic = HybridCritic(vae, 1, hidden=8, width=4)
+        settings = {"batch_size": 64, "schedule": "constant", "progress": False, "execution": execution}
+        fit_vae(vae, x, critic=critic, steps=steps, **settings)
+        return torch.cat([p.detach().flatten() for p in critic.parameters()])
+
+    first, fifth = trained(1, Execution()), trained(5, Execution())
+    assert not torch.allclose(first, fifth, atol=1e-4)
+    torch.testing.assert_close(trained(5, Execution(ema_decay=1 - 1e-7)), first, rtol=0, atol=1e-6)
 
 
 def test_the_learned_scale_does_not_decay():
