@@ -14,23 +14,27 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 COLOURS = {"none": "tab:gray", "self": "tab:blue", "hybrid": "tab:green", "neural": "tab:orange"}
+MARKERS = "os^D"  # by λ, the largest first
 PANELS = {"test NLL, SNIS bound": "test NLL (nats)", "density": "density", "coverage": "coverage"}
 MI = "mutual information I(x; z)"
 
 
 def main(source: Path, target: Path) -> None:
     models = json.loads(source.read_text())["models"]
+    weights = sorted({model["runs"][0]["settings"]["critic"]["weight"] for model in models}, reverse=True)
+    markers = dict(zip(weights, MARKERS, strict=False))
     figure = Figure(figsize=(4 * len(PANELS), 3.6), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     for number, (name, title) in enumerate(PANELS.items()):
         axis = figure.add_subplot(1, len(PANELS), number + 1)
         for model in models:
             for seed, run in enumerate(model["runs"]):
-                kind = run["settings"]["critic"]["kind"]
+                kind, weight = run["settings"]["critic"]["kind"], run["settings"]["critic"]["weight"]
                 figures = {f["name"]: f for f in run["figures"]}
                 x, y = figures[MI]["base"], figures[name]
-                label = {"none": "plain VAE"}.get(kind, f"{kind} critic") if seed == 0 else None
-                axis.plot(x, y["base"], "o", color=COLOURS[kind], fillstyle="none", label=label)
+                label = "plain VAE" if kind == "none" else f"{kind} critic, λ = {weight:g}"
+                shown = {"marker": markers[weight], "fillstyle": "none", "label": label if seed == 0 else None}
+                axis.plot(x, y["base"], color=COLOURS[kind], linestyle="", **shown)
                 axis.annotate(
                     "", (x, y["ncp"]), (x, y["base"]), arrowprops={"arrowstyle": "->", "color": COLOURS[kind]}
                 )
