@@ -285,6 +285,26 @@ def test_a_refitted_base_is_not_called_the_prior(run, tmp_path):
     assert "reweights a base of its own" in text and "The prior hole was" not in text
 
 
+def test_examples_encoded_once_train_the_same_classifier_where_nothing_is_augmented(run, tmp_path, monkeypatch):
+    encoded = []
+    encode = VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, x: (encoded.append(len(x)), encode(self, x))[1])
+    weights, counts = [], []
+    for once in (False, True):
+        folder = tmp_path / f"{once}"
+        shutil.copytree(run.folder, folder)
+        copy = open_run(folder)
+        stage = replace(copy.recipe.prior, encode_once=once)
+        encoded.clear()
+        training.fit_prior(copy, stage, overwrite=True, progress=False)
+        counts.append(sum(encoded))
+        weights.append(load_file(folder / "prior" / "model" / "model.safetensors"))
+    examples, held_out = (len(part) for part in run.dataset.splits[:2])
+    assert counts[1] == examples + -(-training.MIN_VALIDATION // held_out) * held_out
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_stage_two_and_the_execution_may_differ_when_stage_one_is_resumed(run, tmp_path):
     shutil.copytree(run.folder, tmp_path / "run")
     changed = replace(small(), prior=replace(small().prior, steps=7))

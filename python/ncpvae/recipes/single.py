@@ -97,6 +97,8 @@ class StageTwo(ClassifierTraining):
     """the VAE's own prior, or a Normal or a mixture of Gaussians fitted to the aggregate posterior"""
     log_z_samples: int = 100_000
     """base draws for log Z"""
+    encode_once: bool = False
+    """each example once, codes being drawn from its posterior anew at every step: quicker where encoders are large"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

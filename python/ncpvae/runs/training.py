@@ -15,7 +15,8 @@ from .. import _random
 from .._distributed import rank, ranks
 from .._files import atomic_file
 from ..data import Dataset, save_vocabulary
-from ..metrics import hierarchical_log_normalizer
+from ..distributions import diagonal_normal
+from ..metrics import collect_posteriors, hierarchical_log_normalizer
 from ..pretrained import Pretrained
 from ..priors import GaussianMixture, HierarchicalNCP, NoiseContrastivePrior, Normal
 from ..recipes import HierarchicalRecipe, Recipe, VAERecipe, initialised
@@ -157,11 +158,30 @@ def _fit_one(run: Run, vae: Any, common: dict[str, Any]) -> tuple[Pretrained, NC
     recipe = run.vae_recipe
     base = base_prior(vae, recipe, common["data"])
     prior = NoiseContrastivePrior(base, initialised(recipe.seed, recipe.classifier)).to(run.device)
-    settings = {"recipe": run.name, "base": recipe.prior.base}
-    result = fit_ncp(prior, vae=vae, settings=settings, **common)
+    settings = {"recipe": run.name, "base": recipe.prior.base, "encode_once": recipe.prior.encode_once}
+    encoded = _encoded_once(run, vae, common) if recipe.prior.encode_once else {"vae": vae}
+    result = fit_ncp(prior, settings=settings, **(common | encoded))
     with _random.scoped(recipe.seed):
         log_z = prior.estimate_log_normalizer(recipe.prior.log_z_samples, distributed=True)
     return prior, result, log_z._asdict()
+
+
+def _encoded_once(run: Run, vae: VAE, common: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `fit_ncp` by which its data are the examples' posteriors, [N, 2, …] of mean and log σ."""
+
+    def posteriors(part: str, transform: str) -> Tensor:
+        found = collect_posteriors(
+            common[part], vae.encode, common[transform], seed=run.recipe.seed, device=run.device, distributed=True
+        )
+        return torch.stack([found.mean, found.log_std], 1)
+
+    return {
+        "vae": lambda posterior: diagonal_normal(posterior[:, 0], posterior[:, 1].exp(), posterior.dim() - 2),
+        "data": posteriors("data", "transform"),
+        "validation": posteriors("validation", "validation_transform"),
+        "transform": None,
+        "validation_transform": None,
+    }
 
 
 def _fit_groups(run: Run, vae: Any, common: dict[str, Any]) -> tuple[Pretrained, HierarchicalNCPResult, dict[str, Any]]:
