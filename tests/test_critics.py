@@ -52,11 +52,22 @@ def test_the_self_critic_sums_the_posterior_over_all_pairs(log_std):
     q = posterior_of(33, 5, log_std)
     z = q.rsample()
     dense = all_pairs(q, z)
-    found = SelfCritic(min_log_std=-20.0, symmetric=True)(None, q, z)
+    found = SelfCritic(min_log_std=-10.0, symmetric=True)(None, q, z)
     torch.testing.assert_close(found.positive, dense.diagonal())
     torch.testing.assert_close(found.log_sum_x, dense.logsumexp(1))
     torch.testing.assert_close(found.log_sum_z, dense.logsumexp(0))
     assert SelfCritic()(None, q, z).log_sum_z is None
+
+
+def test_the_sum_over_codes_is_exact_down_to_the_lowest_floor():
+    mean, z = torch.randn(2, 20, 32, dtype=torch.float64)
+    std = torch.full((20, 32), math.exp(-10.0), dtype=torch.float64)
+    z = mean + std * z
+    dense = all_pairs(diagonal_normal(mean, std), z)
+    found = SelfCritic(min_log_std=-10.0, symmetric=True)(None, diagonal_normal(mean, std), z)
+    torch.testing.assert_close(found.log_sum_z, dense.logsumexp(0), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="min_log_std must be ≥ -10 where symmetric, .* got -10.5"):
+        SelfCritic(min_log_std=-10.5, symmetric=True)
 
 
 def test_the_self_critic_has_the_gradient_of_all_pairs():
@@ -374,6 +385,17 @@ def test_other_ranks_are_negatives_in_training_alone():
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), whole.log_sum_z)
     alone = diagonal_normal(PAIRS[:24, :3], torch.full((24, 3), 0.5))
     torch.testing.assert_close(parts[0][2], SelfCritic()(None, alone, PAIRS[:24, 4:]).log_sum_x)
+
+
+def unequal_ranks():
+    rows = PAIRS[: 4 - dist.get_rank()]
+    with pytest.raises(ValueError, match="every process must have equally many rows, got 4, 3"):
+        SelfCritic()(None, diagonal_normal(rows[:, :3], torch.full((len(rows), 3), 0.5)), rows[:, 4:])
+    return True
+
+
+def test_ranks_with_unequal_batches_are_told_so():
+    assert run_processes(unequal_ranks, 2) == [True, True]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -257,6 +257,11 @@ def corpus(tmp_path):
     return write
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_word(corpus):
+    path = corpus(train=b"\xef\xbb\xbfa b\na a\n", validation="a\n", test="b\n")
+    assert data.load(f"text:{path}").vocabulary[-2:] == ("a", "b")
+
+
 def test_text_is_numbered_by_the_training_vocabulary_and_padded(corpus):
     path = corpus(train="b a  a\n\n a c b <unk>\n", validation="c new\n", test="a\nb b b\n")
     loaded = data.load(f"text:{path}")

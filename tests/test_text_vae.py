@@ -313,6 +313,7 @@ def test_under_autocast_densities_are_of_float32():
         ([[BOS, EOS, PAD], [4, 5, EOS]], ValueError, "begin with <bos>, 2; row 1 has 4 at position 0"),
         ([[BOS, 4, BOS, EOS]], ValueError, "hold <bos> only at its beginning; row 0 has 2 at position 2"),
         ([[BOS, 4, PAD, EOS]], ValueError, "hold <pad> only at its end; row 0 has 3 at position 3"),
+        ([[BOS, 4, EOS, PAD], [BOS, EOS, 5, EOS]], ValueError, "hold nothing but <pad> after <eos>; row 1 has 5 at"),
         ([BOS, 4, EOS], ValueError, r"x must be \[B, T\] with T ≥ 1, got shape \(3,\)"),
         ([[], []], ValueError, r"with T ≥ 1, got shape \(2, 0\)"),
         ([[2.0, 4.0, 3.0]], TypeError, r"x must be token ids, int64 \[B, T\], got torch.float32"),

@@ -284,6 +284,11 @@ def prior_of(classifier, dim=2):
         (lambda: fit_vae(toy_vae(), torch.tensor([[1.0, math.inf]])), ValueError, "data must be finite.*row 0"),
         (lambda: fit_vae(toy_vae(), codes(50), schedule="step"), ValueError, "schedule must be"),
         (lambda: fit_vae(toy_vae(), codes(50), batch_size=0), ValueError, "batch_size must be ≥ 1, got 0"),
+        (
+            lambda: fit_vae(toy_vae(), codes(50), validation=(x for x in [codes(9)]), steps=4, validate_every=2),
+            ValueError,
+            "validation must be an iterable of batches that can be gone through again, got no batch",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):
@@ -398,3 +403,5 @@ def test_a_critic_needs_two_examples_to_validate_on():
         fit_vae(toy_vae(), x, validation=x[:1], critic=SelfCritic(), steps=2, batch_size=8, progress=False)
     result = fit_vae(toy_vae(), x, validation=x[:17], critic=SelfCritic(), steps=2, batch_size=8, progress=False)
     assert result.history[-1]["validation_critic"] <= 0  # in three parts, none of a single row
+    result = fit_vae(toy_vae(), x, validation=x[:5], critic=SelfCritic(), steps=2, batch_size=2, progress=False)
+    assert result.history[-1]["validation_critic"] <= 0  # in two

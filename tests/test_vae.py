@@ -141,6 +141,13 @@ def test_a_floor_that_is_none_is_refused():
     for min_kl in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=r"min_kl must be finite and ≥ 0"):
             ncpvae.GaussianEncoder(nn.Identity(), min_kl=min_kl)
+    with pytest.raises(ValueError, match="min_kl must be ≤ 80 nats for each coordinate, got 100"):
+        ncpvae.MLPEncoder(3, [], 2, min_kl=200.0)(torch.zeros(1, 3))
+
+
+def test_a_convolutional_encoder_refuses_kernels_that_do_not_halve():
+    with pytest.raises(ValueError, match="ConvEncoder: kernel_size must be odd, got 4"):
+        ncpvae.ConvEncoder((1, 8, 8), (4,), 2, kernel_size=4)
 
 
 def test_under_autocast_densities_keep_their_precision():

@@ -150,7 +150,15 @@ def gather_rows(rows: Tensor) -> Tensor:
     It is differentiable. When every rank's loss is a mean over its own rows and gradients are averaged over the
     ranks, as DistributedDataParallel does, they are those of the mean over all rows.
     """
-    return rows if world_size() == 1 else _GatherRows.apply(rows)
+    if world_size() == 1:
+        return rows
+    if rows.device.type == "cpu":  # gloo would end the process; on a GPU the host would have to wait for the counts
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+        dist.all_gather(counts, torch.tensor([len(rows)]))
+        if len({int(count) for count in counts}) > 1:
+            numbers = ", ".join(str(int(count)) for count in counts)
+            raise ValueError(f"gather_rows: every process must have equally many rows, got {numbers}")
+    return _GatherRows.apply(rows)
 
 
 def check_alike(owner: str, parts: Sequence[Mapping[str, object]]) -> None:

@@ -28,6 +28,8 @@ from .distributions import normal_parameters
 from .nn import mlp
 from .vae import VAE
 
+LEAST_SYMMETRIC = -10.0  # log σ: errors of the sum over codes are 1e-5 nats there, and grow as 1/σ²
+
 
 class Scores(NamedTuple):
     """log f of a batch of pairs, and what it sums to over the others; each [N], nats."""
@@ -112,7 +114,10 @@ class Critic(nn.Module, ABC):
             if rows != len(z):
                 raise ValueError(f"{name}: {argument} must have as many rows as z, {len(z)}, got {rows}")
         if len(z) * (_distributed.world_size() if self.training else 1) < 2:
-            raise ValueError(f"{name}: a batch must have at least 2 rows for z to be told apart, got {len(z)}")
+            raise ValueError(
+                f"{name}: a batch must have at least 2 rows for z to be told apart, got {len(z)}; leave out a short "
+                "last batch"
+            )
 
 
 class SelfCritic(Critic):
@@ -125,7 +130,7 @@ class SelfCritic(Critic):
     broadcasts is evaluated at all pairs, in O(N²·D) memory, without the floor.
 
     Args:
-        min_log_std: floor of log σ in the score.
+        min_log_std: floor of log σ in the score; at least −10 where symmetric.
         symmetric: see `Critic`. The sum over codes is taken as a product of features of z and of x in float64, since
             its terms cancel where σ is small; MPS has no float64.
     """
@@ -134,6 +139,11 @@ class SelfCritic(Critic):
         super().__init__(symmetric)
         if not math.isfinite(min_log_std):
             raise ValueError(f"SelfCritic: min_log_std must be finite, got {min_log_std!r}")
+        if symmetric and min_log_std < LEAST_SYMMETRIC:
+            raise ValueError(
+                f"SelfCritic: min_log_std must be ≥ {LEAST_SYMMETRIC:g} where symmetric, whose sum loses its digits "
+                f"below, got {min_log_std!r}"
+            )
         self.min_log_std = min_log_std
 
     def forward(self, seen: Any, posterior: Distribution, z: Tensor) -> Scores:

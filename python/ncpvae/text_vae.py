@@ -83,6 +83,7 @@ def check_tokens(where: str, x: Tensor, vocabulary_size: int) -> Tensor:
         f"begin with <bos>, {BOS}": (x != BOS) & first,
         "hold <bos> only at its beginning": (x == BOS) & ~first,
         "hold <pad> only at its end": ~padding & padding.roll(1, -1) & ~first,
+        "hold nothing but <pad> after <eos>": ~padding & (x == EOS).roll(1, -1) & ~first,
     }
     any_wrong = torch.stack([places.any() for places in wrong.values()]).tolist()  # on a GPU one wait for all of them
     for (must, places), is_wrong in zip(wrong.items(), any_wrong, strict=True):

@@ -19,6 +19,8 @@ from .distributions import diagonal_normal
 from .nn import full_precision, mlp
 from .pretrained import Pretrained
 
+MAX_KL = 80.0  # nats of one coordinate, beyond which σ is no normal number in float32
+
 
 class VAEOutput(NamedTuple):
     """One pass through a VAE: everything the objectives need."""
@@ -148,6 +150,8 @@ class GaussianEncoder(Pretrained):
 
 def largest_std(kl: float) -> float:
     """The σ ≤ 1 with KL(N(0, σ²) ‖ N(0, 1)) = ½(σ² − 1) − log σ = `kl` nats; every smaller σ costs more."""
+    if kl > MAX_KL:
+        raise ValueError(f"GaussianEncoder: min_kl must be ≤ {MAX_KL:g} nats for each coordinate, got {kl:g}")
     low, high = math.exp(-kl - 0.5), 1.0  # ½(σ² − 1) ≥ −½ bounds it from below
     for _ in range(60):
         middle = 0.5 * (low + high)
@@ -203,7 +207,7 @@ class ConvEncoder(GaussianEncoder):
         in_shape: (C, H, W) of x.
         channels: output channels of each stride-2 convolution; the RAE paper's are (128, 256, 512, 1024).
         latent_dim: D.
-        kernel_size: of every convolution; RAE's is 5.
+        kernel_size: odd, of every convolution; RAE's is 5.
         **options: `scale`, `input_mean`, `min_kl` of `GaussianEncoder`.
 
     Source of the architecture: Ghosh, Sajjadi, Vergari, Black, Schölkopf, "From variational to deterministic
@@ -213,6 +217,8 @@ class ConvEncoder(GaussianEncoder):
     def __init__(
         self, in_shape: tuple[int, int, int], channels: Sequence[int], latent_dim: int, kernel_size: int = 5, **options
     ):
+        if kernel_size % 2 == 0:
+            raise ValueError(f"ConvEncoder: kernel_size must be odd, got {kernel_size}")
         layers: list[nn.Module] = []
         (before, height, width), padding = in_shape, kernel_size // 2
         for after in channels:

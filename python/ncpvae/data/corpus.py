@@ -232,7 +232,8 @@ def _read(file: Path, unknown: str) -> Lines:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
-                tokens = [sys.intern(token) for token in line.decode().split()]
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # files of Windows begin with a mark
+                tokens = [sys.intern(token) for token in text.split()]
                 tokens = [SPECIAL[UNK] if token == unknown else token for token in tokens]
             except UnicodeDecodeError as error:
                 raise ValueError(f"text_lines: {str(file)!r}, line {number} is not UTF-8: {error}") from error

@@ -160,5 +160,5 @@ def _centres(train: Tensor, num_cells: int, seed: int) -> Tensor:
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise ImportError("memorization with cells needs scikit-learn: pip install 'ncpvae[data]'") from error
-    means = KMeans(num_cells, n_init=1, random_state=seed).fit(train.cpu().float().numpy())
+    means = KMeans(num_cells, n_init=1, random_state=seed % 2**32).fit(train.cpu().float().numpy())
     return torch.from_numpy(means.cluster_centers_).double()

@@ -141,6 +141,8 @@ def mean_over_parts(terms: Callable[[Any], dict[str, Tensor]], parts: Iterable[A
     names = max(gathered, key=len)
     total = {name: sum(part.get(name, 0.0) for part in gathered) for name in names}
     count_all = total.pop("")
+    if count_all == 0:
+        raise ValueError("validation must be an iterable of batches that can be gone through again, got no batch")
     return {name: value / count_all for name, value in total.items()}
 
 

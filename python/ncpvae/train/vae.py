@@ -131,7 +131,7 @@ def fit_vae(
     def held_out_parts() -> Iterable[Tensor]:
         assert validation is not None
         if critic is not None and isinstance(validation, Tensor):  # as many negatives as in training, and never none
-            return validation.tensor_split(-(-len(validation) // batch_size))
+            return validation.tensor_split(max(1, min(-(-len(validation) // batch_size), len(validation) // 2)))
         return parts("fit_vae", "validation", validation)
 
     def validate() -> dict[str, float]:
