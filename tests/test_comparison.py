@@ -52,8 +52,10 @@ def test_figures_measured_differently_are_not_averaged(toys, tmp_path):
     folders = [shutil.copytree(run.folder, tmp_path / run.folder.name) for run in toys[:2]]
     run = open_run(folders[1])
     evaluation.evaluate(run, replace(run.recipe.evaluation, test_examples=7))
-    text = comparison.compare(folders)
+    text = comparison.compare(folders, tmp_path / "figures.json")
     assert "runs that differ by the seed alone" not in text
+    remarks = json.loads((tmp_path / "figures.json").read_text())["remarks"]
+    assert any(remark.startswith("not measured alike, test NLL") for remark in remarks)
     assert "not measured alike, test NLL" in text and "7 examples" in text
 
 
@@ -75,6 +77,7 @@ def test_the_record_holds_every_run_with_settings_and_protocols(toys, tmp_path):
     first = found["models"][0]["runs"][0]
     assert first["settings"]["critic"]["kind"] == "none" and first["stage_one"]["seconds"] > 0
     assert all({"name", "base", "protocol"} <= figure.keys() for figure in first["figures"])
+    assert any(remark.startswith("published: ") for remark in found["remarks"])
 
 
 def test_single_runs_keep_their_names_and_errors(toys):
@@ -162,7 +165,18 @@ def test_text_from_training_to_samples(tmp_path):
     assert len(path.with_suffix(".txt").read_text().splitlines()) == 4
     copies = sampling.reconstruct(run, 2).with_suffix(".txt").read_text()
     assert "# test examples" in copies and "# reconstructions" in copies
-    assert sampling.interpolate(run, 1, 3).with_suffix(".txt").is_file()
+    between = sampling.interpolate(run, 2, 3).with_suffix(".txt").read_text().splitlines()
+    assert [i for i, line in enumerate(between) if not line] == [4] and len(between) == 8  # a title, then each pair
+    with (tmp_path / "corpus.txt").open("a") as file:
+        file.write("\n" + "\n".join(["zebra tree mat"] * 100))
+    with pytest.raises(ValueError, match=r"data must have the words that the run was trained with, .*vocabulary\.json"):
+        evaluation.evaluate(open_run(run.folder))
+
+
+def test_the_shape_of_text_is_one_number():
+    for shape in ((8, 9), (2,)):
+        with pytest.raises(ValueError, match="shape must be one number of tokens ≥ 3 for text, got"):
+            replace(RECIPES["text-lstm"], shape=shape)
 
 
 def test_an_autoregressive_decoder_from_training_to_samples(tmp_path, data_folder):

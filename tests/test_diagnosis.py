@@ -296,6 +296,11 @@ def figures(information=(2.0, 0.01), rise=(5.0, 0.1), marginal=(0.5, 0.01), **ch
     return replace(d, **changes)
 
 
+def test_nothing_is_at_the_cap_where_there_is_no_information():
+    assert not figures(information=(0.0, 0.01), log_n=math.log(2)).capped
+    assert figures(information=(0.5, 0.01), log_n=math.log(2)).capped
+
+
 @pytest.mark.parametrize(
     ("information", "rise", "kind"),
     [

@@ -145,6 +145,17 @@ def test_reconstructions_are_pictures_of_the_test_examples(run):
     assert made["x"].max() <= 1.0 and made["x"].max() > 0.3
 
 
+def test_examples_are_shown_at_the_models_precision(tmp_path):
+    recipe = shrunk(RECIPES["nvae-celebahq256"], data=images(tmp_path / "x.npz", 3))
+    run, _ = training.train(tmp_path / "run", "nvae-celebahq256", replace(recipe, steps=1, warmup_steps=0), "x")
+    stored = run.dataset.splits.test[:3]
+    object.__setattr__(run.dataset, "levels", 31)  # as CelebA-HQ's images, whose bytes are not of that scale
+    originals, copies = sampling.reconstructed(run, stored)
+    assert torch.equal(originals, (stored // 8) / 31) and originals.max() <= 1.0 >= copies.max()
+    _, nearest, distances = sampling.nearest_training(run, recipe.originals(run.dataset.splits.train[:2]))
+    assert nearest.max() <= 1.0 and not distances.any()
+
+
 def test_without_a_prior_the_base_is_measured(run, tmp_path):
     shutil.copytree(run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("prior"))
     bare = open_run(tmp_path / "run")

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from ncpvae import NoiseContrastivePrior
-from ncpvae.recipes import RECIPES, Recipe, StageTwo, VAERecipe, from_dict
-from ncpvae.runs import comparison, evaluation, open_run, reporting, sampling, training
+from ncpvae.metrics import FeatureClassifier
+from ncpvae.recipes import RECIPES, CriticSettings, Recipe, Remedies, StageTwo, VAERecipe, from_dict
+from ncpvae.runs import comparison, evaluation, features, open_run, reporting, sampling, training
 from ncpvae.runs import figures as names
 from ncpvae.runs.folder import as_json, new_run
 from ncpvae.vae import VAE
@@ -356,6 +357,85 @@ def test_unfinished_runs_say_what_to_do(tmp_path):
 def test_the_shape_must_be_that_of_the_data(tmp_path):
     with pytest.raises(ValueError, match=r"that of the examples of 'digits', \(1, 8, 8\), got \(1, 28, 28\)"):
         training.train(tmp_path, "mnist-mlp", replace(RECIPES["mnist-mlp"], data="digits"), "x", progress=False)
+
+
+def test_pixels_of_another_scale_are_refused(tmp_path):
+    recipe = replace(RECIPES["mnist-mlp"], data="digits", shape=(1, 8, 8))
+    message = "data must be images with pixels in 0 … 255 for mnist-mlp, got images with pixels in 0 … 16 of 'digits'"
+    with pytest.raises(ValueError, match=message):
+        training.train(tmp_path / "mnist", "mnist-mlp", recipe, "x", progress=False)
+    recipe = replace(RECIPES["gaussians"], data="digits", shape=(1, 8, 8))
+    with pytest.raises(ValueError, match="data must be vectors or text for gaussians, got images with"):
+        training.train(tmp_path / "points", "gaussians", recipe, "x", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: CriticSettings(kind="contrastive"),
+            "critic.kind must be one of none, self, neural, hybrid, got",
+        ),
+        (
+            lambda: Remedies(annealing="cosine"),
+            "remedies.annealing must be one of none, linear, cyclical, got",
+        ),
+        (lambda: StageTwo(base="gaussian"), "prior.base must be one of prior, normal, mixture, got 'gaussian'"),
+        (lambda: sampling.Sampling(sampler="lagevin"), "sampler must be one of sir, langevin, got 'lagevin'"),
+        (lambda: replace(RECIPES["digits"], schedule="step"), "schedule must be one of cosine, constant, got 'step'"),
+    ],
+)
+def test_choices_that_there_are_not_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_decoders_noise_is_not_that_of_the_prior(tmp_path):
+    recipe = replace(RECIPES["gaussians"], latent_dim=2, hidden=(4,), steps=1)
+    run, _ = training.train(tmp_path / "run", "gaussians", recipe, "x", progress=False)
+    vae = run.vae()
+    z = sampling.from_base(vae.prior_distribution(), 2000, 0)
+    noise = sampling.decoded(run, vae, z, 0) - sampling.decode_mean(vae, z)
+    for a, b in zip(z.T, noise.T, strict=True):
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.1
+
+
+def test_features_are_tried_before_anything_is_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "likelihoods", None)
+    with pytest.raises(OSError, match="missing"):
+        evaluation.evaluate(run, features=str(tmp_path / "missing"))
+    other = FeatureClassifier([1, 16, 16], 2, maximum=255)
+    other.trained("squares", 1.0).save_pretrained(tmp_path / "features")
+    with pytest.raises(ValueError, match="FeatureClassifier"):
+        evaluation.evaluate(run, features=str(tmp_path / "features"))
+    recipe = replace(RECIPES["gaussians"], hidden=(4,), steps=1)
+    points, _ = training.train(tmp_path / "points", "gaussians", recipe, "x", progress=False)
+    with pytest.raises(ValueError, match="features must be None for gaussians, whose examples are"):
+        evaluation.evaluate(points, features="anything")
+
+
+@pytest.mark.parametrize(("held_out", "missing"), [(12, {"memorisation C_T"}), (4, {"density", "memorisation C_T"})])
+def test_few_test_examples_cost_the_figures_that_need_more(tmp_path, held_out, missing):
+    splits = {"train": 100, "validation": 10, "test": held_out}
+    numpy.savez(tmp_path / "x.npz", **{name: torch.randn(count, 3).numpy() for name, count in splits.items()})
+    recipe = replace(RECIPES["gaussians"], data=f"npz:{tmp_path / 'x.npz'}", shape=(3,), steps=2, hidden=(4,))
+    e = replace(recipe.evaluation, importance_samples=2, samples=30, test_examples=1)
+    run, _ = training.train(tmp_path / "run", "gaussians", replace(recipe, evaluation=e), "x", progress=False)
+    with pytest.warns(UserWarning, match=f"there are {held_out}"):
+        found = {figure.name: figure for figure in evaluation.evaluate(run)}
+    assert not missing & found.keys() and {"test NLL", "active units"} <= found.keys()
+    assert found["test NLL"].base_error is None  # of one example
+    assert "NaN" not in (run.folder / "evaluation.json").read_text()
+
+
+def test_features_need_a_folder_and_classes(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written"):
+        features.train_features("digits", tmp_path / "file" / "out", steps=1)
+    x = numpy.zeros((40, 1, 8, 8), dtype=numpy.uint8)
+    numpy.savez(tmp_path / "x.npz", train=x, train_labels=numpy.arange(40) % 3 - 1)
+    with pytest.raises(ValueError, match=r"labels must be classes 0 … 1, .* got -1 … 1 in split 'train'"):
+        features.train_features(f"npz:{tmp_path / 'x.npz'}", tmp_path / "out", steps=1, progress=False)
 
 
 def test_mnist_from_end_to_end(data_folder, tmp_path):

@@ -31,6 +31,7 @@ class Dataset:
         splits: uint8 [N, C, H, W] of images, float32 [N, D] of vectors, int64 token ids [N, T] of text.
         source: where the examples came from. A local folder or file is named without its place on the machine.
         levels: pixels take the integer values 0 … levels once quantised; None for vectors and text.
+        levels_in_memory: the same before that; None where nothing quantises them.
         labels: int64 [N] classes, or bool [N, A] attributes; None where the source has none.
         augment: random changes for training only, flips for example; from and to the dtype in memory.
         preprocess: for training and evaluation alike, after `augment`; from the dtype in memory to the model's.
@@ -50,6 +51,12 @@ class Dataset:
     lengths: Splits | None = None
     vocabulary: tuple[str, ...] | None = None
     caution: str = ""
+    levels_in_memory: int | None = None
+
+    @property
+    def maximum(self) -> int | None:
+        """The largest value that a pixel in memory may have; None for vectors and text."""
+        return self.levels if self.levels_in_memory is None else self.levels_in_memory
 
     def transform(self, training: bool = True) -> Transform:
         """What a batch goes through on the device: augmentation where `training`, then preprocessing."""

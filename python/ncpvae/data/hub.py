@@ -60,6 +60,7 @@ class HubImages:
     augment: Transform = as_is
     preprocess: Transform = scale
     caution: str = ""
+    levels_in_memory: int | None = None
 
 
 def load_hub(name: str, folder: str | os.PathLike | None = None) -> Dataset:
@@ -89,6 +90,7 @@ def load_hub(name: str, folder: str | os.PathLike | None = None) -> Dataset:
         spec.augment,
         spec.preprocess,
         caution=spec.caution,
+        levels_in_memory=spec.levels_in_memory,
     )
 
 
@@ -308,6 +310,7 @@ HUB: dict[str, HubImages] = {
         celebahq256,
         partial(_joined, (0.9, 1 / 30), False),
         levels=31,
+        levels_in_memory=255,
         augment=random_flip,
         preprocess=compose(partial(quantize, bits=5), partial(scale, levels=31)),
         caution="27,000 / 3,000 images in the order of their source, not the lists of Glow and NVAE",

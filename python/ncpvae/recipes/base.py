@@ -6,7 +6,7 @@ docstring says where each number comes from and what the source leaves open.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,18 @@ from ..data import Dataset, load
 from ..train import Execution
 from ..train.engine import Schedule
 from ..train.execution import check_count, check_positive
+
+
+def check_choices(settings: Any, prefix: str = "") -> None:
+    """Fields of a dataclass whose type is a Literal hold one of its values.
+
+    Raises:
+        ValueError: naming the first that does not, after `prefix`.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal and getattr(settings, name) not in get_args(kind):
+            choices = ", ".join(map(str, get_args(kind)))
+            raise ValueError(f"{prefix}{name} must be one of {choices}, got {getattr(settings, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class ClassifierTraining:
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
+        check_choices(self, "prior.")
         for name in ("steps", "batch_size"):
             check_count(f"prior.{name}", getattr(self, name))
         check_positive("prior.lr", self.lr)
@@ -79,6 +92,9 @@ class Evaluation:
 class Recipe(ABC):
     """An experiment: a data set, a VAE, a noise contrastive prior."""
 
+    maximum: ClassVar[int | None] = 255
+    """value of a full pixel in memory, as `transform` takes it; None for vectors and text"""
+
     data: str
     """name of the data set, see `ncpvae.data.load`"""
     shape: tuple[int, ...]
@@ -102,6 +118,7 @@ class Recipe(ABC):
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("steps", "batch_size"):
             check_count(name, getattr(self, name))
         check_positive("lr", self.lr)
@@ -175,6 +192,10 @@ class Recipe(ABC):
     def pictures(self, x: Tensor) -> Tensor:
         """What the decoder returns → images in [0, 1], or points as they are."""
         return x
+
+    def originals(self, x: Tensor) -> Tensor:
+        """Examples as they are stored → what `pictures` makes of a perfect decoder's mean; float32."""
+        return x.float() / (self.maximum or 1)
 
 
 def initialised(seed: int, build, part: int = 0) -> Any:

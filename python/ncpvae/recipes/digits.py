@@ -1,6 +1,7 @@
 """scikit-learn's 8×8 digits with a small convolutional VAE."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class Digits(VAERecipe):
     No paper stands behind these numbers; they were chosen so that a minute on a CPU shows the whole method.
     """
 
+    maximum: ClassVar[int | None] = LEVELS
     data: str = "digits"
     shape: tuple[int, ...] = (1, 8, 8)
     steps: int = 3000

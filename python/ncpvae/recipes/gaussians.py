@@ -1,6 +1,7 @@
 """25 Gaussians on a grid (NCP-VAE, Appendix I)."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class Gaussians(VAERecipe):
     sizes, learning rates and the classifier's width.
     """
 
+    maximum: ClassVar[int | None] = None
     data: str = "gaussians"
     shape: tuple[int, ...] = (2,)
     steps: int = 10_000

@@ -140,7 +140,12 @@ class HierarchicalRecipe(Recipe):
     def transform(self, x: Tensor, training: bool = True) -> Tensor:
         if self.likelihood == "bernoulli":
             return binarize(x)
-        x = random_flip(x) if training and self.flip else x
+        return self._scaled(random_flip(x) if training and self.flip else x)
+
+    def originals(self, x: Tensor) -> Tensor:
+        return super().originals(x) if self.likelihood == "bernoulli" else self._scaled(x)
+
+    def _scaled(self, x: Tensor) -> Tensor:
         return scale(x if self.bits == 8 else quantize(x, self.bits), 2**self.bits - 1)
 
     def fitting(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..objectives import CyclicalAnnealing, FreeBits, LinearAnnealing, VAELoss
 from ..train import Aggressive, adamw
 from ..train.execution import check_count, check_positive
 from ..vae import VAE
-from .base import ClassifierTraining, Recipe, initialised
+from .base import ClassifierTraining, Recipe, check_choices, initialised
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class CriticSettings:
     """in which scores are taken"""
 
     def __post_init__(self) -> None:
+        check_choices(self, "critic.")
         check_positive("critic.weight", self.weight)
         for name in ("hidden", "width"):
             check_count(f"critic.{name}", getattr(self, name))
@@ -64,6 +65,7 @@ class Remedies:
     """of the encoder alone for each of both, in aggressive training"""
 
     def __post_init__(self) -> None:
+        check_choices(self, "remedies.")
         for name, least in (("annealing_steps", 1), ("cycles", 1), ("aggressive_steps", 0), ("inner_steps", 1)):
             if getattr(self, name) is not None:
                 check_count(f"remedies.{name}", getattr(self, name), minimum=least)

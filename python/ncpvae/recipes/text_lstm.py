@@ -1,6 +1,7 @@
 """Text with LSTMs and contrastive critics (the study by Asokan, Table 3)."""
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class TextLSTM(VAERecipe):
     War and Peace, whose lines are short: `--data war_and_peace --shape 30`.
     """
 
+    maximum: ClassVar[int | None] = None
     data: str = "yahoo"
     shape: tuple[int, ...] = (202,)
     steps: int = 4680
@@ -57,6 +59,11 @@ class TextLSTM(VAERecipe):
     evaluation: Evaluation = field(
         default_factory=lambda: Evaluation(importance_samples=100, snis_proposals=1000, test_examples=500, samples=1000)
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.shape) != 1 or self.shape[0] < 3:
+            raise ValueError(f"shape must be one number of tokens ≥ 3 for text, got {self.shape}")
 
     def load(self, folder: str | None = None) -> Dataset:
         (length,) = self.shape

@@ -1,6 +1,7 @@
 """Ten Gaussians in sixteen dimensions, with contrastive critics (the study by Asokan, Table 1)."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class ToyGMM(VAERecipe):
     entropies of two of them differ by nats.
     """
 
+    maximum: ClassVar[int | None] = None
     data: str = "toy-gmm"
     shape: tuple[int, ...] = (16,)
     steps: int = 4740

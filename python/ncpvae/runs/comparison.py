@@ -46,7 +46,7 @@ def compare(folders: list[Path], output: Path | None = None) -> str:
     groups = grouped([open_run(folder) for folder in folders])
     if output is not None:
         write_json(output, record(groups))
-    names = list(dict.fromkeys(name for group in groups for figures in group.figures for name in figures))
+    names = figure_names(groups)
     lines = [["", *(f"{group.label}: {prior}" for group in groups for prior in ("base", "NCP"))]]
     for name in names:
         cells = [_cell(group, name, side) for group in groups for side in ("base", "ncp")]
@@ -57,11 +57,16 @@ def compare(folders: list[Path], output: Path | None = None) -> str:
     return "\n".join([table(short(groups)), "", table(lines), *([""] if notes else []), *notes])
 
 
+def figure_names(groups: list[Group]) -> list[str]:
+    """Of all figures that any run has, each once."""
+    return list(dict.fromkeys(name for group in groups for figures in group.figures for name in figures))
+
+
 def record(groups: list[Group]) -> dict[str, Any]:
     """All that was measured, model by model and run by run."""
     return {
         "table": short(groups),
-        "remarks": remarks(groups, []),
+        "remarks": remarks(groups, figure_names(groups)),
         "models": [
             {
                 "label": group.label,

@@ -208,7 +208,7 @@ def traversals(run: Run, vae: VAE, data: Tensor, d: Diagnosis, seed: int) -> Tra
         x = run.recipe.pictures(_centres(vae.decode, z.flatten(0, 1), seed)).float().cpu()
     except NotImplementedError:
         return "the decoder's distribution has neither a mean nor samples"
-    original = data[0].float() / (run.dataset.levels or 1)
+    original = run.recipe.originals(data[:1])[0]
     some = data[:1000].float() if shape == (2,) else None
     return Traversals(tuple(order), steps.tolist(), x.view(len(order), len(steps), *shape), original, some)
 

@@ -22,7 +22,7 @@ from ..sharding import sample_sharded
 from ..train.execution import processes
 from ..vae import VAE
 from . import hierarchical
-from .figures import AU, CAP, JSD, KL, MARGINAL_KL, MI, compared_likelihoods, fidelity, finite, row
+from .figures import AU, CAP, JSD, KL, MARGINAL_KL, MI, compared_likelihoods, feature_extractor, fidelity, finite, row
 from .folder import Run, as_json, environment, write_json
 from .sampling import decoded, from_base, has_mean
 
@@ -53,10 +53,11 @@ def evaluate(
     if evaluation is not None:
         run = replace(run, recipe=replace(run.recipe, evaluation=evaluation))
     groups: list[GroupFigures] = []
+    extractor = feature_extractor(features, run)
     if run.hierarchical:
-        figures, groups = hierarchical.measure(run, features, seed)
+        figures, groups = hierarchical.measure(run, extractor, seed)
     else:
-        figures = measure(run, features, seed)
+        figures = measure(run, extractor, seed)
     if processes().is_main_process:
         record = {
             "figures": [asdict(figure) for figure in figures],
@@ -76,7 +77,7 @@ def evaluate(
     return figures
 
 
-def measure(run: Run, features: str | None, seed: int) -> list[Metric]:
+def measure(run: Run, extractor: torch.nn.Module | None, seed: int) -> list[Metric]:
     """The figures of a run of a VAE with one group of latent variables."""
     vae, prior = run.vae(), run.prior() if run.has_prior() else None
     figures = likelihoods(run, vae, prior, seed)
@@ -87,7 +88,7 @@ def measure(run: Run, features: str | None, seed: int) -> list[Metric]:
     if run.recipe.shape == (2,) and run.recipe.data == "gaussians":
         figures += modes(run, vae, prior, base, ncp, seed)
     means = len(run.recipe.shape) != 3 or has_mean(vae)
-    figures += fidelity(run, means, base, ncp, features, seed)
+    figures += fidelity(run, means, base, ncp, extractor, seed)
     if diagnostics is not None:
         ess, count = float(diagnostics.ess.mean()), diagnostics.num_proposals
         how = f"mean over {len(base):,} samples, of {count:,} base draws each; seed {seed}"
@@ -165,10 +166,9 @@ def likelihoods(run: Run, vae: VAE, prior: NoiseContrastivePrior | None, seed: i
     if run.vae_recipe.prior.base != "prior":
         own, how = nll["own base"], f"{protocol}; in the NCP column the refitted base, before any reweighting"
         name = "test NLL of the refitted base"
-        base = {"base": nll["base"].nll, "base_error": nll["base"].standard_error}
-        rows.append(
-            Metric(name, unit, ncp=own.nll, lower_is_better=True, ncp_error=own.standard_error, protocol=how, **base)
-        )
+        base = {"base": nll["base"].nll, "base_error": finite(nll["base"].standard_error)}
+        error = finite(own.standard_error)
+        rows.append(Metric(name, unit, ncp=own.nll, lower_is_better=True, ncp_error=error, protocol=how, **base))
     return rows
 
 

@@ -1,6 +1,7 @@
 """Rows of figures that runs of all kinds have."""
 
 import math
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from .. import _random, metrics
 from ..metrics import FeatureClassifier, InceptionFeatures, Likelihood
+from ..metrics.memorization import MIN_IN_CELL
 from ..report import Metric
 from .folder import Run
 
 MI, CAP, AU = "mutual information I(x; z)", "its cap, log N", "active units"
 KL, MARGINAL_KL = "KL(q(z|x) ‖ p(z))", "KL(q(z) ‖ p(z))"
 NLL, JSD = "test NLL, SNIS bound", "JSD(q(z) ‖ base)"  # the headlines
+NEIGHBOURS = 5  # k of density and coverage
 AT_ONCE = 1 << 12  # training examples turned into floating point, four times their size, at once
 
 
@@ -29,7 +32,7 @@ def compared_likelihoods(nll: dict[str, Likelihood], unit: str, protocol: str, w
         protocol: of all.
         ways: what is to be said of "log_z" and "snis".
     """
-    base: dict[str, Any] = {"base": nll["base"].nll, "base_error": nll["base"].standard_error}
+    base: dict[str, Any] = {"base": nll["base"].nll, "base_error": finite(nll["base"].standard_error)}
     if "snis" not in nll:
         return [Metric("test NLL", unit, ncp=None, lower_is_better=True, protocol=protocol, **base)]
     gains = {key: nll["base"].per_example - nll[key].per_example for key in ways}
@@ -40,7 +43,7 @@ def compared_likelihoods(nll: dict[str, Likelihood], unit: str, protocol: str, w
             unit,
             ncp=nll[key].nll,
             lower_is_better=True,
-            ncp_error=nll[key].standard_error,
+            ncp_error=finite(nll[key].standard_error),
             protocol=f"{protocol}; NCP {how}; compared example by example",
             difference_error=spreads[key],
             **base,
@@ -57,27 +60,27 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def fidelity(run: Run, means: bool, base: Tensor, ncp: Tensor | None, features: str | None, seed: int) -> list[Metric]:
+def fidelity(
+    run: Run, means: bool, base: Tensor, ncp: Tensor | None, extractor: torch.nn.Module | None, seed: int
+) -> list[Metric]:
     """Distances between samples and test examples, density and coverage, and the memorisation check.
 
     Args:
         means: whether samples are the decoder's means, as against draws from it.
         base, ncp: samples of both priors.
-        features: see `evaluation.evaluate`.
+        extractor: of the features that images are compared by, see `feature_extractor`; None for pixels.
     """
     dataset, e = run.dataset, run.recipe.evaluation
-    scale = dataset.levels or 1
     sides = {"base": base, "ncp": ncp}
     test, train = dataset.splits.test, dataset.splits.train
     if not means:
         with _random.scoped(seed):  # draws of binary pixels are compared with data binarised alike
             test, train = (run.recipe.pictures(run.recipe.evaluation_transform(part)) for part in (test, train))
-    extractor = None if len(run.recipe.shape) != 3 else _extractor(features, run)
 
-    def space(x: Tensor, maximum: int = 1) -> Any:
+    def space(x: Tensor, stored: bool = False) -> Any:
+        parts = (run.recipe.comparable(run.recipe.originals(part) if stored else part) for part in x.split(AT_ONCE))
         if extractor is None:
-            return run.recipe.comparable(x.float() / maximum)
-        parts = (run.recipe.comparable(part.float() / maximum) for part in x.split(AT_ONCE))
+            return torch.cat(list(parts))
         return metrics.extract_features(parts, extractor, device=run.device)
 
     where = run.recipe.comparable_in if extractor is None else str(extractor.name)
@@ -87,7 +90,7 @@ def fidelity(run: Run, means: bool, base: Tensor, ncp: Tensor | None, features: 
         )
     where += f"; seed {seed}"
     some = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[: e.samples]
-    real, known = (space(part, scale if means else 1) for part in (test, train))
+    real, known = (space(part, stored=means) for part in (test, train))
     part = real[some] if isinstance(real, Tensor) else replace(real, values=real.values[some])
     found = {side: space(x) for side, x in sides.items() if x is not None}
     rows: list[Metric] = []
@@ -97,9 +100,16 @@ def fidelity(run: Run, means: bool, base: Tensor, ncp: Tensor | None, features: 
             both = {side: distance(real, x) for side, x in found.items()}
             how = f"{both['base'].protocol}; {where}"
             rows.append(row(both["base"].name, "", both, "value", True, how, "standard_error"))
-    cover = {side: metrics.density_coverage(part, x, device=run.device) for side, x in found.items()}
+    few = min(len(some), len(base))
+    if few <= NEIGHBOURS:
+        warnings.warn(f"density, coverage and C_T need more than {NEIGHBOURS} examples, there are {few}", stacklevel=2)
+        return rows
+    cover = {side: metrics.density_coverage(part, x, NEIGHBOURS, device=run.device) for side, x in found.items()}
     for name in ("density", "coverage"):
         rows.append(row(name, "", cover, name, False, f"{cover['base'].protocol}; {where}"))
+    if few < MIN_IN_CELL:
+        warnings.warn(f"memorisation C_T needs {MIN_IN_CELL} examples, there are {few}", stacklevel=2)
+        return rows
     copies = {side: metrics.memorization(x, known, part, device=run.device) for side, x in found.items()}
     meaning = "; ".join(f"{'NCP' if side == 'ncp' else side}: {m.meaning}" for side, m in copies.items())
     rows.append(
@@ -117,10 +127,23 @@ def row(
     return Metric(name, unit, values["base"], values.get("ncp"), lower, errors.get("base"), errors.get("ncp"), protocol)
 
 
-def _extractor(features: str | None, run: Run) -> torch.nn.Module | None:
+def feature_extractor(features: str | None, run: Run) -> torch.nn.Module | None:
+    """What gives the features that images are compared by, tried on an example; None for pixels.
+
+    Args:
+        features: see `evaluation.evaluate`.
+        run: whose images.
+    """
     if features is None:
         return None
+    if len(run.recipe.shape) != 3:
+        raise ValueError(
+            f"evaluate: features must be None for {run.name}, whose examples are no images, got {features!r}"
+        )
     kind, _, file = features.partition(":")
     if kind == "inception":
-        return InceptionFeatures(file or None).to(run.device)
-    return FeatureClassifier.from_pretrained(Path(features)).to(run.device)
+        extractor: torch.nn.Module = InceptionFeatures(file or None).to(run.device)
+    else:
+        extractor = FeatureClassifier.from_pretrained(Path(features)).to(run.device)
+    metrics.extract_features([run.recipe.originals(run.dataset.splits.test[:2])], extractor, device=run.device)
+    return extractor

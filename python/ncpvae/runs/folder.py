@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import _random, data
 from .._files import load_weights, read_json, write_atomic
 from ..critics import Critic
+from ..data import load_vocabulary
 from ..nvae import NVAE
 from ..priors import HierarchicalNCP, NoiseContrastivePrior
 from ..recipes import RECIPES, HierarchicalRecipe, Recipe, VAERecipe, from_dict
@@ -71,13 +72,22 @@ class Run:
         """The data set of the recipe.
 
         Raises:
-            ValueError: where its examples do not have the recipe's shape.
+            ValueError: where its examples do not have the recipe's shape or scale, or its words are not the run's.
         """
         dataset = self.recipe.load(self.data_folder)
         shape = tuple(dataset.splits.train.shape[1:])
         if shape != self.recipe.shape:
             raise ValueError(
                 f"shape must be that of the examples of {self.recipe.data!r}, {shape}, got {self.recipe.shape}"
+            )
+        if dataset.maximum != self.recipe.maximum:
+            wanted, got = (_kind_of(maximum) for maximum in (self.recipe.maximum, dataset.maximum))
+            raise ValueError(f"data must be {wanted} for {self.name}, got {got} of {self.recipe.data!r}")
+        words = self.folder / "vocabulary.json"
+        if words.is_file() and load_vocabulary(words) != dataset.vocabulary:
+            raise ValueError(
+                f"data must have the words that the run was trained with, {words}; those of {self.recipe.data!r} now "
+                "differ, or their order does"
             )
         return dataset
 
@@ -173,6 +183,10 @@ class Run:
 
     def on_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
+
+
+def _kind_of(maximum: int | None) -> str:
+    return "vectors or text" if maximum is None else f"images with pixels in 0 … {maximum}"
 
 
 def open_run(folder: Path, device: str = "auto", data_folder: str | None = None) -> Run:

@@ -127,10 +127,10 @@ def reconstructions_of(run: Run, vae: NVAE, examples: Tensor) -> tuple[Tensor, T
     with _random.scoped(run.recipe.seed):
         copies = [infer(vae, run.recipe.evaluation_transform(part))[0].mean for part in x.split(IMAGES_AT_ONCE)]
     pictures = run.recipe.pictures(torch.cat(copies)).clamp(0, 1).cpu()
-    return (x.float() / (run.dataset.levels or 1)).cpu(), pictures
+    return run.recipe.originals(x).cpu(), pictures
 
 
-def measure(run: Run, features: str | None, seed: int) -> tuple[list[Metric], list[GroupFigures]]:
+def measure(run: Run, extractor: torch.nn.Module | None, seed: int) -> tuple[list[Metric], list[GroupFigures]]:
     """The figures of a run, and those of its groups; see `evaluation.evaluate`."""
     prior = run.hierarchical_prior() if run.has_prior() else None
     vae, e = run.nvae(), run.recipe.evaluation
@@ -139,7 +139,7 @@ def measure(run: Run, features: str | None, seed: int) -> tuple[list[Metric], li
     groups = groups_of(run, vae, prior, ncp, seed)
     figures = likelihoods(run, vae, prior, seed)
     figures += summed(run, groups)
-    figures += fidelity(run, True, base.x, None if ncp is None else ncp.x, features, seed)
+    figures += fidelity(run, True, base.x, None if ncp is None else ncp.x, extractor, seed)
     how = f"{e.samples:,} samples in walks of {WALKS}"
     if ncp is not None:
         how += f", NCP by SIR of {e.sir_proposals:,} proposals for each group"

@@ -16,6 +16,7 @@ from ..distributions import temper
 from ..hierarchy import readjust_batch_norm
 from ..metrics import nearest_neighbours
 from ..priors import HierarchicalNCP
+from ..recipes.base import check_choices
 from ..samplers import SIR, Langevin, Sampler, SampleResult
 from ..sharding import sample_sharded
 from ..text_vae import TextLikelihood
@@ -48,6 +49,9 @@ class Sampling:
     batch_norm_draws: int = 0
     """of a hierarchical VAE at the temperature, which BatchNorm's statistics are taken from first; NVAE takes 500"""
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
     def build(self, run: Run) -> Sampler:
         if self.proposals is not None:
             check_count("proposals", self.proposals)
@@ -78,7 +82,7 @@ def decode_mean(vae: VAE, z: Tensor) -> Tensor:
 
 def decoded(run: Run, vae: VAE, z: Tensor, seed: int) -> Tensor:
     """z [N, D] → pictures [N, C, H, W] in [0, 1], the decoder's mean; points and texts are drawn from the decoder."""
-    with torch.no_grad(), _random.scoped(seed):
+    with torch.no_grad(), _random.scoped(_random.derived_seed(seed, 1)):  # z may have been drawn from `seed` itself
         if len(run.recipe.shape) == 3:
             return run.recipe.pictures(decode_mean(vae, z)).clamp(0, 1).cpu()
         return run.recipe.pictures(vae.decode(z).sample()).cpu()
@@ -177,7 +181,7 @@ def reconstructions_of(run: Run, vae: VAE, examples: Tensor) -> tuple[Tensor, Te
     with _random.scoped(run.recipe.seed):
         codes = [vae.encode(run.recipe.evaluation_transform(part)).mean for part in x.split(ROWS_AT_ONCE)]
         copies = run.recipe.pictures(decode_mean(vae, torch.cat(codes))).cpu()
-    return (x.float() / (run.dataset.levels or 1)).cpu(), copies
+    return run.recipe.originals(x).cpu(), copies
 
 
 @torch.no_grad()
@@ -213,18 +217,18 @@ def spherical(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 def nearest_training(run: Run, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Samples, the training example nearest to each, and the distances between them."""
-    train, scale = run.dataset.splits.train, run.dataset.levels or 1
-    parts = [nearest_neighbours(samples, part.float() / scale) for part in train.split(AT_ONCE)]
+    train, originals = run.dataset.splits.train, run.recipe.originals
+    parts = [nearest_neighbours(samples, originals(part)) for part in train.split(AT_ONCE)]
     distances, which = torch.stack([found.distances[:, 0] for found in parts]).min(0)
     indices = torch.stack([found.indices[:, 0] for found in parts]).gather(0, which[None])[0] + which * AT_ONCE
-    return samples, train[indices].float() / scale, distances.float()
+    return samples, originals(train[indices]), distances.float()
 
 
 def overview(run: Run) -> Path:
     """One picture to show: test examples, samples of both priors, and what training examples are nearest to them."""
     e, seed, vae, prior = run.recipe.evaluation, run.recipe.seed, run.vae(), run.prior()
-    dataset, num = run.dataset, e.pictures
-    test = dataset.splits.test[:num].float() / (dataset.levels or 1)
+    num = e.pictures
+    test = run.recipe.originals(run.dataset.splits.test[:num])
     base = decoded(run, vae, from_base(vae.prior_distribution(), num, seed), seed)
     ncp = decoded(run, vae, sample_sharded(prior(), num, SIR(e.sir_proposals), seed).z, seed)
     panels = [("test examples", test), ("base prior", base), ("noise contrastive prior", ncp)]
@@ -253,5 +257,10 @@ def show(run: Run, path: Path, panels: list[tuple[str, Tensor]], columns: int | 
         size = max(int(x.max()) for _, x in panels) + 1
         words = load_vocabulary(run.folder / "vocabulary.json")
         words = (*words, *["<unused>"] * (size - len(words)))  # ids that the corpus had no word for
-        lines = [line for title, x in panels for line in (f"# {title}", *to_text(x.long(), words), "")]
+        lines = []
+        for title, x in panels:
+            texts = to_text(x.long(), words)
+            row = columns or max(1, len(texts))
+            groups = (texts[first : first + row] for first in range(0, len(texts), row))
+            lines += [f"# {title}", *(line for group in groups for line in (*group, ""))]
         write_atomic(path.with_suffix(".txt"), "\n".join(lines))

@@ -215,7 +215,7 @@ def mean_of(dataset: Dataset) -> Tensor:
     examples = dataset.splits.train
     total = sum(part.double().sum(0) for part in examples.split(4096))
     assert isinstance(total, Tensor)
-    return (total / len(examples) / (dataset.levels or 1)).float()
+    return (total / len(examples) / (dataset.maximum or 1)).float()
 
 
 def placed(examples: Tensor, device: torch.device) -> Tensor:

@@ -124,7 +124,7 @@ class Diagnosis:
     @property
     def capped(self) -> bool:
         """Whether the mutual information is so near log N that it is a lower bound only."""
-        return self.mutual_information.value > self.log_n - CAP_MARGIN
+        return self.mutual_information.value > max(self.log_n - CAP_MARGIN, LEAST)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Diagnosis":
