@@ -12,12 +12,14 @@ from torch import nn
 
 from ncpvae import (
     VAE,
+    HybridCritic,
     MLPClassifier,
     MLPDecoder,
     MLPEncoder,
     NoiseContrastivePrior,
     Normal,
     NormalLikelihood,
+    SelfCritic,
     fit_ncp,
     fit_vae,
 )
@@ -227,3 +229,30 @@ def test_trackers_and_fsdp(tmp_path):
     for plain, sharded_, resumed in run_processes(tracked_then_fully_sharded, 2, str(tmp_path), timeout=120):
         assert sharded_ == pytest.approx(plain, rel=1e-4) and resumed == sharded_
     assert list((tmp_path / "plain").rglob("events.out.tfevents*"))
+
+
+def critics_plain_then_fully_sharded(kind):
+    """The held-out figures of a VAE with a critic, under DistributedDataParallel and under FSDP."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    def trained():
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            vae = VAE(MLPEncoder(4, [16, 16], 3), MLPDecoder(3, [16], (4,)), NormalLikelihood(0.3), Normal(3))
+            critic = SelfCritic() if kind == "self" else HybridCritic(vae, 1, hidden=8, width=4)
+        result = fit_vae(
+            vae, DATA, validation=DATA[:64], critic=critic, steps=10, batch_size=32, lr=1e-2, progress=False
+        )
+        return [result.history[-1][f"validation_{name}"] for name in ("loss", "critic")]
+
+    plain = trained()
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return plain, trained()
+
+
+@pytest.mark.parametrize("kind", ["self", "hybrid"])
+def test_critics_are_trained_alike_where_weights_are_sharded(kind):
+    for plain, sharded_ in run_processes(critics_plain_then_fully_sharded, 2, kind, timeout=120):
+        assert sharded_ == pytest.approx(plain, rel=1e-4)
