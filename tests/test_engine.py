@@ -517,6 +517,17 @@ def test_another_model_does_not_go_on_from_a_checkpoint(tmp_path):
         fit(model, tmp_path, steps=15, resume="auto", validate=None, loss=lambda i: {"loss": model(DATA[i]).mean()})
 
 
+def test_a_folder_is_a_path_or_its_name_and_figures_are_numbers_or_tensors(tmp_path):
+    fit(net(), str(tmp_path), steps=15, validate=lambda: {"figure": torch.tensor(2.0)})
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "validation"]
+    assert rows and all(row["figure"] == 2.0 for row in rows)
+
+
+def test_a_model_without_parameters_is_named():
+    with pytest.raises(ValueError, match="model must have parameters to train, got a ReLU without"):
+        train(nn.ReLU(), dict, [], steps=1, lr=1e-3)
+
+
 def test_a_run_is_not_overwritten_by_accident(tmp_path):
     fit(net(), tmp_path, steps=15)
     with pytest.raises(CheckpointError, match="resume it with 'auto', or take an empty folder"):
@@ -528,6 +539,7 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
     [
         ({"resume": "auto"}, ValueError, "resume needs the folder"),
         ({"execution": Execution(gradient_accumulation=3)}, ValueError, "multiple of 3 rows.*got 64"),
+        ({"validate": dict}, ValueError, "validate must return named figures, got none"),
     ],
 )
 def test_bad_options_are_named(options, error, message):

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from ncpvae import SIR, Langevin, MLPClassifier, NoiseContrastivePrior, Normal, Pretrained
 from ncpvae.distributions import SoftClampedNormal, diagonal_normal
 from ncpvae.hierarchy import Ancestral, Given, Group, Posterior, walk_groups
-from ncpvae.metrics import conditional_log_normalizers, hierarchical_log_normalizer, hierarchical_nll
+from ncpvae.metrics import conditional_log_normalizers, hierarchical_log_normalizer, hierarchical_nll, kl_per_group
 from ncpvae.nvae import NVAE
 from ncpvae.objectives import nce
 from ncpvae.priors import HierarchicalNCP, Reweighted, group_classifiers
@@ -419,6 +419,8 @@ def test_more_proposals_bring_the_snis_bound_closer_to_the_target():
         (lambda: hierarchical_log_normalizer(known(), 0), "num_samples must be an integer ≥ 1, got 0"),
         (lambda: conditional_log_normalizers(known(), along="both"), "along must be 'base' or 'prior', got 'both'"),
         (lambda: hierarchical_nll(known(), torch.zeros(0, 2)), "data must be a tensor [N, …] with N ≥ 1"),
+        (lambda: hierarchical_nll(known(), torch.full((2, 2), math.nan)), "data must be finite, got NaN or infinity"),
+        (lambda: known().draw_blocks(4, SIR(8, shard_proposals=True)), "sampler must not shard its proposals"),
         (lambda: hierarchical_nll(known(), observations(2), log_normalizer=math.inf), "log_normalizer must be finite"),
         (lambda: hierarchical_nll(known(), observations(2), num_proposals=0), "num_proposals must be an integer ≥ 1"),
     ],
@@ -427,6 +429,30 @@ def test_what_the_measures_are_not_given_right_is_named(call, message):
     with pytest.raises(ValueError) as raised:
         call()
     assert message in str(raised.value)
+
+
+def test_measuring_leaves_the_model_and_its_mode_as_they_were():
+    vae = NVAE((1, 16, 16), channels=4, groups_per_scale=(2,), latent_channels=2, halvings=2, preprocess_cells=1)
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    x = torch.rand(4, 1, 16, 16).round()
+    trained = hierarchical_nll(vae.train(), x, 2)["base"].nll
+    kl_per_group(vae, x)
+    assert vae.training and all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
+    assert hierarchical_nll(vae.eval(), x, 2)["base"].nll == trained
+
+
+def test_one_walk_has_no_error_to_tell():
+    assert math.isnan(hierarchical_log_normalizer(known(), 1, repeats=1).standard_error)
+
+
+def test_a_threshold_set_later_is_saved(tmp_path):
+    prior = HierarchicalNCP(NVAE((1, 16, 16), channels=4, groups_per_scale=(2,), latent_channels=2, halvings=2), [
+        MLPClassifier(2) for _ in range(2)
+    ])  # fmt: skip
+    prior.min_jsd = 0.25
+    prior.jsd[:] = torch.tensor([0.1, 0.3])
+    prior.save_pretrained(tmp_path)
+    assert HierarchicalNCP.from_pretrained(tmp_path).flat == prior.flat == {0}
 
 
 # --- stage two ------------------------------------------------------------------------------------------------------

@@ -94,6 +94,10 @@ def test_transform_is_applied_once_and_seed_governs():
         ({"data": torch.full((2, 4), math.nan)}, "data must be finite"),
         ({"encode": lambda x: x}, "encode must return q"),
         ({"num_samples": 0}, "num_samples and max_rows must be ≥ 1, got 0"),
+        (
+            {"num_samples": 1, "log_priors": {"p": lambda z: PRIOR.base_dist.log_prob(z)}},
+            r"log_priors\['p'\] must return log-densities of shape \(1, 3\), one for each z, got \(1, 3, 2\)",
+        ),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -25,7 +25,7 @@ from ncpvae.hierarchy import (
 )
 from ncpvae.nn import BatchNorm, BottomUpCell, Cells, SpectralNorms, TopDownCell, WeightNormConv2d, batch_norm_scales
 from ncpvae.nvae import NVAE, AutoregressiveFlow, AutoregressiveShift, adaptive_groups
-from ncpvae.train import Execution
+from ncpvae.train import Execution, WarmupCosine
 from ncpvae.train.engine import train
 
 SMALL = {
@@ -352,6 +352,18 @@ def test_kl_warmup_is_the_published_schedule():
     assert weight(1_501) == pytest.approx(1_500 / 3_000)
     with pytest.raises(ValueError, match="KLWarmup: steps must be ≥ 1"):
         KLWarmup(0)
+
+
+def test_the_cosine_stays_at_its_end():
+    rate = WarmupCosine(50, minimum=0.1)
+    assert rate(50) == rate(75) == rate(1000) == pytest.approx(0.1)
+
+
+def test_beyond_its_weight_of_one_the_regularization_is_what_it_was():
+    vae = NVAE((1, 16, 16), channels=4, groups_per_scale=(2,), latent_channels=2, halvings=2)
+    loss = HierarchicalLoss(vae.double(), regularization=1e-2, initial_regularization=10.0)
+    assert loss.regularization_weight(1.0) == loss.regularization_weight(2.0) == pytest.approx(1e-2)
+    assert loss(torch.rand(2, 1, 16, 16, dtype=torch.float64))["regularization"].dtype == torch.float64
 
 
 def test_balanced_kl_is_the_papers_formula():

@@ -236,6 +236,18 @@ class TwoLogits(nn.Module):
             "num_proposals must be an integer ≥ 1, got 0",
         ),
         (lambda: Normal(2, std=-1.0), ValueError, "std finite and > 0"),
+        (lambda: Normal(3.0), TypeError, "shape must be an integer or a tuple of them, got 3.0"),
+        (lambda: Normal.fit(torch.full((3, 2), math.nan)), ValueError, "Normal.fit: codes must be finite"),
+        (
+            lambda: GaussianMixture(torch.zeros(2), torch.zeros(2), torch.ones(2, 2)),
+            ValueError,
+            r"mean \[K, D\] and scale .* got shapes \(2,\), \(2,\), \(2, 2\)",
+        ),
+        (
+            lambda: GaussianMixture(torch.tensor([0.0, math.nan]), torch.zeros(2, 1), torch.ones(2, 1)),
+            ValueError,
+            "log_weight and mean must be finite",
+        ),
         (lambda: Normal.fit(torch.zeros(1, 2)), ValueError, r"Normal.fit: codes must be \[N, …\] with N ≥ 2"),
         (
             lambda: Normal.fit(torch.zeros(3, 2), per="pixel"),

@@ -133,10 +133,29 @@ def test_temperature_zero_climbs_to_the_mode():
     torch.testing.assert_close(z, torch.full_like(z, MEAN), atol=1e-3, rtol=0)
 
 
+def test_hooks_and_replaced_networks_of_a_classifier_are_honoured():
+    classifier = MLPClassifier(2, (8,))
+    classifier.register_forward_hook(lambda module, inputs, output: 0 * output)
+    z = Langevin(200, 0.02).sample(NoiseContrastivePrior(Normal(2), classifier)(), (2000,)).z
+    assert z.mean(0).abs().max() < 0.15  # the base's
+    other = MLPClassifier(2, (8,))
+    prior = NoiseContrastivePrior(Normal(2), other)
+    expected = Langevin(3).sample(prior(), (4,), torch.Generator().manual_seed(0)).z
+    other.network = torch.nn.Sequential(other.network)
+    z = Langevin(3).sample(prior(), (4,), torch.Generator().manual_seed(0)).z
+    torch.testing.assert_close(z, expected)
+
+
+def test_a_ratio_that_is_nan_is_not_blamed_on_the_step_size():
+    prior = NoiseContrastivePrior(Normal(2), ExactRatio(log_z=math.nan))
+    with pytest.raises(ValueError, match="log_ratio must be a number at every draw of the base, got NaN"):
+        Langevin(2).sample(prior(), (4,))
+
+
 def test_langevin_leaves_no_gradient_behind():
-    prior = exact_prior()
+    prior = NoiseContrastivePrior(Normal(2), MLPClassifier(2, (8,), torch.nn.Softplus))  # by autograd
     Langevin(3).sample(prior(), (4,))
-    assert all(p.grad is None for p in prior.parameters())
+    assert all(p.grad is None for p in prior.parameters()) and len([*prior.parameters()]) == 4
 
 
 def normal_base():

@@ -102,6 +102,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
         part = getattr(module, argument, None)
         if isinstance(value, dict) and "class" in value and isinstance(part, nn.Module):
             described["arguments"][argument] = describe(part)
+        elif isinstance(value, (bool, int, float, str)) and type(part) is type(value):
+            described["arguments"][argument] = part  # it may have been changed since
         elif isinstance(part, nn.ModuleList) and isinstance(value, list):
             described["arguments"][argument] = [describe(module) for module in part]
         elif isinstance(part, Distribution):

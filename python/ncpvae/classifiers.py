@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .nn import Remembered, ResidualCell, mlp, mlp_gradient, with_fused_children
+from .nn import Remembered, ResidualCell, hooked, mlp, mlp_gradient, with_fused_children
 from .pretrained import Pretrained
 
 
@@ -63,7 +63,8 @@ class MLPClassifier(Pretrained):
     def score(self, z: Tensor) -> Tensor | None:
         _check_event("MLPClassifier", z, (self.latent_dim,), f"D = {self.latent_dim}")
         _check_context("MLPClassifier", None, self.context_features, "E")
-        return None if type(self).forward is not MLPClassifier.forward else mlp_gradient(self.network, z)
+        plain = type(self).forward is MLPClassifier.forward and not hooked(self)
+        return mlp_gradient(self.network, z) if plain else None
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         _check_event("MLPClassifier", z, (self.latent_dim,), f"D = {self.latent_dim}")

@@ -356,5 +356,6 @@ class HierarchicalLoss(nn.Module):
         return {"loss": loss, **terms}
 
     def regularization_weight(self, kl_weight: float) -> float:
-        """λ at β: λ₀^(1 − β)·λ₁^β."""
+        """λ at β: λ₀^(1 − β)·λ₁^β, and λ₁ beyond 1."""
+        kl_weight = min(kl_weight, 1.0)
         return self.initial_regularization ** (1.0 - kl_weight) * self.regularization**kl_weight

@@ -36,21 +36,36 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Seque
     return nn.Sequential(*layers)
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the block the module and its parts are in eval mode; afterwards each is in the mode that it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def full_precision(x: Tensor) -> Tensor:
     """x in float32 where autocast made it shorter: densities and divergences lose too much in 16 bits."""
     shorter = x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type)
     return x.float() if shorter else x
 
 
-def mlp_gradient(network: nn.Sequential, x: Tensor) -> Tensor | None:
+def mlp_gradient(network: nn.Module, x: Tensor) -> Tensor | None:
     """The gradient of the sum of an `mlp`'s outputs with respect to x, without autograd.
 
     It is bit for bit autograd's, whose bookkeeping takes longer than the arithmetic of a small network. None where a
-    layer has hooks or is neither linear nor one of `BACKWARD`, or where autocast would change the arithmetic.
+    layer has hooks or is neither linear nor one of `BACKWARD`, where they are in no plain `nn.Sequential`, or where
+    autocast would change the arithmetic.
     """
+    if type(network) is not nn.Sequential:
+        return None
     layers = list(network)
-    known = all((type(layer) is nn.Linear or type(layer) in BACKWARD) and not _hooked(layer) for layer in layers)
-    if not known or _hooked(network) or torch.is_autocast_enabled(x.device.type):
+    known = all((type(layer) is nn.Linear or type(layer) in BACKWARD) and not hooked(layer) for layer in layers)
+    if not known or hooked(network) or torch.is_autocast_enabled(x.device.type):
         return None
     with torch.no_grad():
         inputs = []
@@ -307,7 +322,7 @@ class SpectralNorms(nn.Module):
         generator = torch.Generator().manual_seed(0)
         for number, (shape, layers) in enumerate(by_shape.items()):
             start = torch.randn(len(layers), shape[0], generator=generator)
-            self.register_buffer(f"left_{number}", F.normalize(start, dim=1).to(layers[0].weight.device))
+            self.register_buffer(f"left_{number}", F.normalize(start, dim=1).to(layers[0].weight))
         with torch.no_grad():
             self._iterate(40)
 
@@ -398,7 +413,7 @@ def fused(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Args:
         dtype: of matrix products, for evaluation under autocast to it; layers with one output stay as they are.
     """
-    if module.training or _hooked(module):
+    if module.training or hooked(module):
         return module
     own = getattr(type(module), "fused", None)  # the type's: a compiled module answers with what it was compiled from
     if own is not None:
@@ -425,7 +440,7 @@ def with_fused_children(module: M, owner: type[nn.Module], dtype: torch.dtype | 
     return twin
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -434,7 +449,7 @@ def _fused_layers(layers: list[nn.Module], dtype: torch.dtype | None) -> list[nn
     done: list[nn.Module] = []
     for layer in layers:
         last = done[-1] if done else None
-        plain = last is not None and not any(_hooked(part) or part.training for part in (last, layer))
+        plain = last is not None and not any(hooked(part) or part.training for part in (last, layer))
         if plain and type(last) is nn.Linear and type(layer) in ONEDNN_NAMES:
             joined = _fused_linear(last, type(layer), dtype)
             done[-1:] = [last, layer] if joined is last else [joined]

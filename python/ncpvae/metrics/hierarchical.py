@@ -10,6 +10,7 @@ Letters: N examples or contexts, K groups, M proposals. Source: NCP-VAE, section
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from torch.distributions import Distribution
 
 from .. import _distributed, _random
 from ..hierarchy import HierarchicalVAE, Posterior, infer, walk_groups
+from ..nn import evaluating
 from ..priors import HierarchicalNCP, NoiseContrastive
 from ..priors.hierarchical import naming_group
 from ..samplers import SIR, TILE, base_draws
@@ -110,12 +112,12 @@ def hierarchical_log_normalizer(
         return log_r
 
     call = {"num_samples": num_samples, "repeats": repeats, "block_size": block_size, "seed": seed}
-    log_r = torch.cat(_shared("hierarchical_log_normalizer", len(sizes), log_ratio, seed, call, distributed))
+    log_r = torch.cat(_shared("hierarchical_log_normalizer", prior, len(sizes), log_ratio, seed, call, distributed))
     value, ess = _log_mean(log_r, 0), float((2 * log_r.logsumexp(0) - (2 * log_r).logsumexp(0)).exp())
     if not math.isfinite(value):
         raise ValueError(f"hierarchical_log_normalizer: log r must be finite at base draws, got log Z = {float(value)}")
     each = _log_mean(log_r.view(repeats, num_samples), 1)
-    error = math.sqrt(max(0.0, 1 / ess - 1 / total))
+    error = math.sqrt(max(0.0, 1 / ess - 1 / total)) if total > 1 else math.nan
     return HierarchicalNormalizer(
         float(value), error, ess, num_samples, each, float(each.std()) if repeats > 1 else math.nan
     )
@@ -167,7 +169,7 @@ def conditional_log_normalizers(
 
     call = {"num_contexts": num_contexts, "num_proposals": num_proposals, "along": along, "seed": seed}
     call |= {"block_size": block_size}
-    log_mean, ess = torch.cat(_shared(owner, len(sizes), figures, seed, call, distributed), dim=1)
+    log_mean, ess = torch.cat(_shared(owner, prior, len(sizes), figures, seed, call, distributed), dim=1)
     return ConditionalNormalizers(log_mean, ess)
 
 
@@ -199,7 +201,7 @@ def kl_per_group(
         return path.kl().double().cpu()
 
     call = {"data": _described(data), "batch_size": batch_size, "seed": seed}
-    every = torch.cat(_shared(owner, len(batches), kl, seed, call, distributed))  # [N, K]
+    every = torch.cat(_shared(owner, vae, len(batches), kl, seed, call, distributed))  # [N, K]
     error = every.std(0) / math.sqrt(len(every)) if len(every) > 1 else torch.full_like(every[0], math.nan)
     return GroupKL(every.mean(0), error)
 
@@ -281,7 +283,7 @@ def hierarchical_nll(
 
     call = {"data": _described(data), "num_samples": num_samples, "log_normalizer": log_z}
     call |= {"num_proposals": num_proposals, "batch_size": batch_size, "seed": seed}
-    parts = _shared(owner, len(batches), log_weights, seed, call, distributed)
+    parts = _shared(owner, prior, len(batches), log_weights, seed, call, distributed)
     protocol = f"importance-weighted bound, {num_samples} draws per example, {len(data)} examples"
     told = {
         "base": "",
@@ -337,13 +339,22 @@ def _log_mean(log_values: Tensor, dim: int) -> Tensor:
 
 
 def _shared(
-    owner: str, count: int, work: Callable[[int], object], seed: int, call: Mapping[str, object], distributed: bool
+    owner: str,
+    model: object,
+    count: int,
+    work: Callable[[int], object],
+    seed: int,
+    call: Mapping[str, object],
+    distributed: bool,
 ) -> list:
-    """What `work` makes of each number below `count`, block seeds governing it, shared by the processes."""
+    """What `work` makes of each number below `count`, block seeds governing it, shared by the processes.
+
+    The model, where it is a module, is in eval mode meanwhile: BatchNorm is not to learn from what is measured.
+    """
     ranks = _distributed.ranks(distributed)
     _distributed.check_alike(owner, ranks.gather(call))
     mine: dict[int, object] = {}
-    with ranks.failing_together(owner):
+    with ranks.failing_together(owner), evaluating(model) if isinstance(model, nn.Module) else nullcontext():
         for number in ranks.mine(count):
             with _random.scoped(_distributed.block_seed(seed, number)):
                 mine[number] = work(number)
@@ -355,6 +366,8 @@ def _check_data(owner: str, data: object) -> None:
     if not isinstance(data, Tensor) or data.dim() < 2 or len(data) == 0:
         got = f"shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
         raise ValueError(f"{owner}: data must be a tensor [N, …] with N ≥ 1, got {got}")
+    if data.is_floating_point() and not torch.isfinite(data).all():
+        raise ValueError(f"{owner}: data must be finite, got NaN or infinity")
 
 
 def _described(data: Tensor) -> str:

@@ -133,7 +133,13 @@ def _chunk_nll(
                 f"got log-likelihoods of shape {tuple(shared.shape)}"
             )
         for name, log_prior in log_priors.items():
-            running[name] = torch.logaddexp(running[name], (shared + log_prior(z)).logsumexp(0))
+            of_prior = log_prior(z)
+            if of_prior.shape != shared.shape:
+                raise ValueError(
+                    f"importance_weighted_nll: log_priors[{name!r}] must return log-densities of shape "
+                    f"{tuple(shared.shape)}, one for each z, got {tuple(of_prior.shape)}"
+                )
+            running[name] = torch.logaddexp(running[name], (shared + of_prior).logsumexp(0))
     return {name: math.log(num_samples) - log_sum for name, log_sum in running.items()}
 
 

@@ -25,12 +25,14 @@ class GaussianMixture(Pretrained):
 
     def __init__(self, log_weight: Tensor, mean: Tensor, scale: Tensor):
         super().__init__()
-        K, D = mean.shape
+        K, D = mean.shape if mean.dim() == 2 else (-1, -1)
         if log_weight.shape != (K,) or scale.shape not in ((K, D), (K, D, D)):
             raise ValueError(
                 "GaussianMixture: log_weight must be [K], mean [K, D] and scale [K, D] or [K, D, D], got shapes "
                 f"{tuple(log_weight.shape)}, {tuple(mean.shape)}, {tuple(scale.shape)}"
             )
+        if not (torch.isfinite(log_weight).all() and torch.isfinite(mean).all()):
+            raise ValueError("GaussianMixture: log_weight and mean must be finite")
         if not (torch.diagonal(scale, dim1=-2, dim2=-1) if scale.dim() == 3 else scale).gt(0).all():
             raise ValueError("GaussianMixture: scale must be > 0, on the diagonal of Cholesky factors")
         self.register_buffer("log_weight", log_weight)

@@ -194,6 +194,9 @@ class HierarchicalNCP(Pretrained):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"draw_blocks: {name} must be an integer ≥ 1, got {value!r}")
         _distributed.check_seed("draw_blocks", seed)
+        for each in sampler if isinstance(sampler, (list, tuple)) else [sampler]:
+            if isinstance(each, SIR) and each.shard_proposals:
+                raise ValueError("draw_blocks: sampler must not shard its proposals where the samples are shared out")
         Reweighted(self, sampler, temperature)  # what is wrong with these is said now, not at the first block
         return (
             (first, self.draw(min(block_size, num - first), sampler, temperature, _distributed.block_seed(seed, block)))

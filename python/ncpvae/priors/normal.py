@@ -25,7 +25,9 @@ class Normal(Pretrained):
         learn: bool = False,
     ):
         super().__init__()
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if isinstance(shape, float):
+            raise TypeError(f"Normal: shape must be an integer or a tuple of them, got {shape!r}")
+        shape = tuple(shape) if isinstance(shape, (tuple, list)) else (int(shape),)
         if min(shape, default=1) < 1:
             raise ValueError(f"Normal: shape must be positive, got {shape}")
         for name, value in (("mean", mean), ("std", std)):
@@ -59,6 +61,8 @@ class Normal(Pretrained):
             )
         if codes.dim() < 2 or len(codes) < 2:
             raise ValueError(f"Normal.fit: codes must be [N, …] with N ≥ 2, got shape {tuple(codes.shape)}")
+        if not torch.isfinite(codes).all():
+            raise ValueError("Normal.fit: codes must be finite, got NaN or infinity")
         if per not in ("coordinate", "channel"):
             raise ValueError(f"Normal.fit: per must be 'coordinate' or 'channel', got {per!r}")
         over = (0,) if per == "coordinate" else (0, *range(2, codes.dim()))

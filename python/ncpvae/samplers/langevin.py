@@ -83,6 +83,8 @@ class Langevin:
             _check_can_be_captured(distribution, z)
         keep_freed_memory()
         log_ratio = distribution.log_ratio(z)
+        if log_ratio.isnan().any():
+            raise ValueError("Langevin: log_ratio must be a number at every draw of the base, got NaN")
         if self.space == "epsilon":
             assert normal is not None
             mean, std = normal

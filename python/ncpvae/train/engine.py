@@ -127,7 +127,7 @@ def train(
     Warns:
         RuntimeWarning: where the run goes back to a checkpoint with half the learning rate (`Execution.halve_lr`).
     """
-    execution = execution or Execution()
+    execution, folder = execution or Execution(), None if folder is None else Path(folder)
     check_count("steps", steps)
     for name, optional in (("validate_every", validate_every), ("patience", patience)):
         if optional is not None:
@@ -139,6 +139,8 @@ def train(
     check_way_back(execution, folder, batches)
     factor = learning_rate_factor(schedule, steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(f"model must have parameters to train, got a {type(model).__name__} without")
     adam = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters)
     known: dict[str, Any] = {"seed": seed, "steps": steps, "lr": lr}
     known |= {"validate_every": validate_every, "patience": patience}
@@ -411,7 +413,10 @@ class _Loop:
             with torch.no_grad(), self._averaged_weights():
                 _random.reseed(_random.derived_seed(self.seed, VALIDATION))
                 values = self.module(_Call(self.validate)) if self.sharded else self.validate()
+                values = {name: float(value) for name, value in values.items()}
                 held_out = ranks().gather(values)[0]  # decisions are the first process's
+                if not held_out:
+                    raise ValueError("validate must return named figures, got none")
                 value = next(iter(held_out.values()))
                 if not math.isfinite(value):
                     raise TrainingDiverged(

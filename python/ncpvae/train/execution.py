@@ -65,6 +65,11 @@ class Execution:
         for name in ("max_grad_norm", "skip_grad_norm"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
+        trackers: object = self.trackers
+        if isinstance(trackers, str):
+            raise ValueError(f"trackers must be a tuple of names, got {trackers!r}")
+        if self.ema_decay is not None:
+            check_positive("ema_decay", self.ema_decay)
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be between 0 and 1, got {self.ema_decay!r}")
 

@@ -42,7 +42,7 @@ class WarmupCosine:
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
+        done = min(1.0, (step - self.warmup_steps) / (self.steps - self.warmup_steps))
         return self.minimum + (1.0 - self.minimum) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
