@@ -225,6 +225,11 @@ def test_usage_errors_have_status_2(line, capsys):
     assert capsys.readouterr().err
 
 
+def test_letters_that_the_terminal_does_not_have_stop_nothing():
+    done = run("train", "--help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout
+
+
 def test_info_names_every_op():
     done = run("info")
     assert done.returncode == 0

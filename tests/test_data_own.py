@@ -123,6 +123,20 @@ def test_bad_folders_are_named(pictures, change, error, message):
         data.load(f"imagefolder:{folder}")
 
 
+def test_links_to_folders_are_followed_once(pictures):
+    folder = pictures({f"{name}/{n}.png": solid(n) for name in ("root/a", "elsewhere") for n in range(10)}) / "root"
+    (folder / "b").symlink_to(folder.parent / "elsewhere")
+    (folder / "a" / "again").symlink_to(folder)
+    loaded = data.load(f"imagefolder:{folder}")
+    assert sum(map(len, loaded.splits)) == 20 and set(torch.cat([*loaded.labels]).tolist()) == {0, 1}
+
+
+def test_other_splits_without_a_train_split_are_refused(pictures):
+    folder = pictures({f"{name}/{n}.png": solid(n) for name in ("Training", "test", "val") for n in range(5)})
+    with pytest.raises(ValueError, match="must have a subfolder 'train' beside 'val', 'test'"):
+        data.load(f"imagefolder:{folder}")
+
+
 def test_images_of_several_sizes_are_refused(pictures):
     folder = pictures(
         {f"train/{n}.png": solid(n, (4 + n // 3, 4)) for n in range(5)} | {"test/0.png": solid(0, (4, 4))}

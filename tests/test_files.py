@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from ncpvae import _files
-from ncpvae._files import atomic_folder, load_weights, read_json, write_atomic
+from ncpvae._files import atomic_folder, load_weights, read_json, save_tensors, write_atomic
 
 
 def names(folder):
@@ -37,6 +37,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="disk full"):
         write_atomic(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old" and names(tmp_path) == ["x"]
+
+
+def test_a_name_as_long_as_a_file_system_takes_is_written(tmp_path):
+    path = tmp_path / ("界" * 84 + ".j")  # 254 bytes
+    write_atomic(path, "text")
+    assert path.read_text() == "text" and len([*tmp_path.iterdir()]) == 1
+
+
+def test_tensors_that_cannot_be_written_are_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="missing.x.safetensors' cannot be written"):
+        save_tensors({"x": torch.zeros(2)}, tmp_path / "missing" / "x.safetensors")
 
 
 def test_write_atomic_replaces_a_link_and_not_what_it_points_to(tmp_path):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ncpvae import NoiseContrastivePrior
 from ncpvae.metrics import FeatureClassifier
 from ncpvae.recipes import RECIPES, CriticSettings, Recipe, Remedies, StageTwo, VAERecipe, from_dict
-from ncpvae.runs import comparison, evaluation, features, open_run, reporting, sampling, training
+from ncpvae.runs import comparison, diagnosis, evaluation, features, open_run, reporting, sampling, training
 from ncpvae.runs import figures as names
 from ncpvae.runs.folder import as_json, new_run
 from ncpvae.vae import VAE
@@ -428,6 +428,45 @@ def test_few_test_examples_cost_the_figures_that_need_more(tmp_path, held_out, m
     assert "NaN" not in (run.folder / "evaluation.json").read_text()
 
 
+def test_one_test_example_is_trained_with_and_named_where_it_is_too_few(tmp_path):
+    splits = {"train": 30, "validation": 5, "test": 1}
+    numpy.savez(tmp_path / "x.npz", **{name: torch.randn(count, 2).numpy() for name, count in splits.items()})
+    recipe = replace(RECIPES["gaussians"], data=f"npz:{tmp_path / 'x.npz'}", steps=2, hidden=(4,))
+    run, _ = training.train(tmp_path / "run", "gaussians", recipe, "x", progress=False)
+    text = reporting.report(run).read_text()
+    assert "A VAE trained on npz:x.npz for 2 steps" in html.unescape(text)
+    for measure in (evaluation.evaluate, diagnosis.diagnose):
+        with pytest.raises(ValueError, match=r"the test split of 'npz:.*' must hold 2 examples or more, got 1"):
+            measure(run)
+
+
+def test_means_outside_of_pictures_are_shown_as_black_and_white(tmp_path):
+    x = numpy.repeat(numpy.array([0, 255], dtype=numpy.uint8), 100)[:, None, None, None] * numpy.ones((1, 1, 8, 8))
+    numpy.savez(tmp_path / "x.npz", train=x.astype(numpy.uint8)[numpy.random.default_rng(0).permutation(200)])
+    recipe = replace(RECIPES["images-conv"], data=f"npz:{tmp_path / 'x.npz'}", shape=(1, 8, 8), channels=(4, 8))
+    recipe = replace(recipe, latent_dim=2, steps=3, batch_size=16, lr=1.0, schedule="constant")
+    run, _ = training.train(tmp_path / "run", "images-conv", recipe, "x", progress=False)
+    _, copies = sampling.reconstructed(run, run.dataset.splits.test)
+    assert copies.min() >= 0 and copies.max() <= 1
+    diagnosis.diagnose(run)
+    assert reporting.report(run).is_file()
+    vae, examples = run.vae(), run.dataset.splits.test
+    shown = diagnosis.traversals(run, vae, examples, diagnosis.measure(run, vae, examples, 4, 0), 0)
+    assert shown.decoded.min() >= 0 and shown.decoded.max() <= 1
+
+
+def test_samples_are_written_without_matplotlib(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match="no picture beside .*pictures need matplotlib"):
+        path, _ = sampling.sample(run, 2, sampling.Sampling(), output=tmp_path / "x.safetensors")
+    assert load_file(path)["x"].shape == (2, 1, 8, 8)
+
+
+def test_temperatures_are_positive():
+    with pytest.raises(ValueError, match=r"temperatures must be finite and > 0, got 0\.0"):
+        replace(RECIPES["digits"].evaluation, temperatures=(1.0, 0.0))
+
+
 def test_features_need_a_folder_and_classes(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written"):
@@ -436,6 +475,12 @@ def test_features_need_a_folder_and_classes(tmp_path):
     numpy.savez(tmp_path / "x.npz", train=x, train_labels=numpy.arange(40) % 3 - 1)
     with pytest.raises(ValueError, match=r"labels must be classes 0 … 1, .* got -1 … 1 in split 'train'"):
         features.train_features(f"npz:{tmp_path / 'x.npz'}", tmp_path / "out", steps=1, progress=False)
+    numpy.savez(tmp_path / "x.npz", train=x, train_labels=numpy.arange(40) * 10**9)
+    with pytest.raises(
+        ValueError, match=r"labels must be classes 0, 1, …, fewer than the 32 training images, got"
+    ):
+        features.train_features(f"npz:{tmp_path / 'x.npz'}", tmp_path / "out", steps=1, progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_mnist_from_end_to_end(data_folder, tmp_path):

@@ -137,6 +137,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
     _flush(path.parent)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file at `path`, mostly the temporary one of `atomic_file`.
+
+    Raises:
+        OSError: where it cannot be written, as on a full disk.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Write a folder that is at `path` as a whole or not at all.
@@ -167,7 +182,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    name = os.fsencode(path.name)[:100].decode(errors="ignore")  # file systems count bytes
+    return path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
 
 
 def _flush(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import io
 import json
 import math
 import os
@@ -278,7 +279,8 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         """
         from .runs.features import train_features as fit
 
-        folder = output or Path("features") / data.partition(":")[0]
+        kind, _, path = data.partition(":")
+        folder = output or Path("features") / (Path(path).stem or kind)
         classifier = fit(data, folder, steps, batch_size, lr, seed, device, data_dir, overwrite, progress)
         _say(f"{folder}: {classifier.name}")
 
@@ -415,6 +417,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from .bench import MachineLoaded
     from .train import TrainingDiverged, TrainingInterrupted
+
+    for stream in (sys.stdout, sys.stderr):  # a figure's name with a letter that it has not is still a figure
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ._files import atomic_file
+
 INK, FAINT = "#1d2024", "#6b7076"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#56b4e9", "#e69f00")  # Okabe, Ito
 MARKERS = "osD^vP"
@@ -196,5 +198,6 @@ def _figure(panels: int, size: float):
 
 
 def _save(figure, path: Path) -> Path:
-    figure.savefig(path)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or None)
     return path

@@ -28,6 +28,7 @@ from ._files import (
     open_weights,
     parse_json,
     read_json,
+    save_tensors,
     write_atomic,
 )
 
@@ -111,8 +112,6 @@ class Pretrained(nn.Module, ModelHubMixin, library_name="ncpvae", model_card_tem
         return self.push_to_hub(repo_id=repo_id or folder.name, model_card_kwargs=card, **push_to_hub_kwargs)
 
     def _save_pretrained(self, save_directory: Path, **model_card_kwargs) -> None:
-        from safetensors.torch import save_file
-
         from . import __version__
 
         tensors, tied = _without_sharing(self.state_dict())
@@ -129,7 +128,7 @@ class Pretrained(nn.Module, ModelHubMixin, library_name="ncpvae", model_card_tem
         if not (save_directory / CARD).exists():
             readme = str(self.generate_model_card(**{"class_name": type(self).__name__, **model_card_kwargs}))
         with atomic_file(save_directory / WEIGHTS) as temporary:
-            save_file(tensors, temporary, {"config": text})
+            save_tensors(tensors, temporary, {"config": text})
         write_atomic(save_directory / CONFIG, text)
         if readme is not None:
             write_atomic(save_directory / CARD, readme)

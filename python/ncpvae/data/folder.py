@@ -19,14 +19,15 @@ def image_folder(path: str | os.PathLike, size: int | None = None) -> Dataset:
 
     With a subfolder `train`, the splits are `train`, `validation` (or `valid`, `val`) and `test`; one that is missing
     is a fixed random tenth of `train`. Without, all images are split 80 / 10 / 10 in the same way. Labels are the
-    subfolders right below, in the order of their names, where all images lie in such.
+    subfolders right below, in the order of their names, where all images lie in such. Links to folders are followed.
 
     Args:
         size: crop every image in the middle and resize it, bilinearly, to size×size; as they are by default.
 
     Raises:
         OSError: for a folder that is none, or an image that cannot be decoded.
-        ValueError: for a folder without images, and images of different sizes or modes.
+        ValueError: for a folder without images, or with other splits but no `train`, and images of different sizes or
+            modes.
     """
     root = Path(path)
     if not root.is_dir():
@@ -55,6 +56,11 @@ def image_folder(path: str | os.PathLike, size: int | None = None) -> Dataset:
 
 def _split_folders(root: Path) -> dict[str, Path]:
     if not (root / "train").is_dir():
+        others = [n for names in SPLIT_FOLDERS.values() for n in names if (root / n).is_dir()]
+        if others:
+            raise ValueError(
+                f"image_folder: {str(root)!r} must have a subfolder 'train' beside {', '.join(map(repr, others))}"
+            )
         return {"train": root}
     found = {split: [root / n for n in names if (root / n).is_dir()] for split, names in SPLIT_FOLDERS.items()}
     for split, folders in found.items():
@@ -66,9 +72,18 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files with the suffix of an image, but no hidden ones."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """Files with the suffix of an image, but no hidden ones; links to folders are followed, each folder once."""
+    found, known = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        place = os.path.realpath(where)
+        if place in known:
+            folders.clear()
+            continue
+        known.add(place)
+        files = (Path(where, name) for name in names if not name.startswith("."))
+        found += [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+    return sorted(found)
 
 
 def _labels(files: dict[str, list[Path]], roots: dict[str, Path]) -> Tensor | None:

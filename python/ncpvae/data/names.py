@@ -29,8 +29,8 @@ def load(
         name: `gaussians`, `toy-gmm`, `digits`, a name of `ncpvae.data.hub` (`mnist`, …) or of `ncpvae.data.corpus`
             (`yahoo`, …), or the path of one's own data: `imagefolder:PATH`, `npz:PATH`, `text:PATH`. A path that does
             not exist as given is looked up in the folder.
-        folder: holds data sets in the hub's layout; `NCPVAE_DATA` by default. Images that are not there come from the
-            hub. `cifar10` is CIFAR-10 alone: the JPEG subset has a name of its own, `cifar10_jpeg_subset`.
+        folder: holds data sets in the hub's layout; `NCPVAE_DATA` by default, and then images that are not there come
+            from the hub. `cifar10` is CIFAR-10 alone: the JPEG subset has a name of its own, `cifar10_jpeg_subset`.
         seed: of what is drawn: `gaussians`, and `toy-gmm`, of which another seed is another distribution. How other
             data are split is fixed, and does not depend on it.
         max_vocabulary, max_length: of text, and of nothing else; as `text_lines` has them.

@@ -86,6 +86,8 @@ class Evaluation:
         for name in ("importance_samples", "snis_proposals", "sir_proposals", "test_examples", "samples", "pictures"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        for temperature in self.temperatures:
+            check_positive("temperatures", temperature)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..report.diagnosis import Bars, DiagnosisData, Figure, Traversals, write_di
 from ..train.execution import processes
 from ..vae import VAE
 from .evaluation import cautions, table, weights_digest
+from .figures import check_test_examples
 from .folder import Run, environment, write_json
 from .verdict import ACTIVE, RULES, Diagnosis, Estimate, judge, nats
 
@@ -50,6 +51,7 @@ def diagnose(
     """
     started, seed = time.perf_counter(), run.recipe.seed if seed is None else seed
     check_seed("diagnose", seed)
+    check_test_examples(run, "diagnose")
     vae, data = run.vae(), chosen_examples(run, examples, decoded, seed)
     diagnosis = measure(run, vae, data, decoded, seed)
     if processes().is_main_process:
@@ -208,6 +210,7 @@ def traversals(run: Run, vae: VAE, data: Tensor, d: Diagnosis, seed: int) -> Tra
         x = run.recipe.pictures(_centres(vae.decode, z.flatten(0, 1), seed)).float().cpu()
     except NotImplementedError:
         return "the decoder's distribution has neither a mean nor samples"
+    x = x.clamp(0, 1) if len(shape) == 3 else x
     original = run.recipe.originals(data[:1])[0]
     some = data[:1000].float() if shape == (2,) else None
     return Traversals(tuple(order), steps.tolist(), x.view(len(order), len(steps), *shape), original, some)

@@ -22,7 +22,20 @@ from ..sharding import sample_sharded
 from ..train.execution import processes
 from ..vae import VAE
 from . import hierarchical
-from .figures import AU, CAP, JSD, KL, MARGINAL_KL, MI, compared_likelihoods, feature_extractor, fidelity, finite, row
+from .figures import (
+    AU,
+    CAP,
+    JSD,
+    KL,
+    MARGINAL_KL,
+    MI,
+    check_test_examples,
+    compared_likelihoods,
+    feature_extractor,
+    fidelity,
+    finite,
+    row,
+)
 from .folder import Run, as_json, environment, write_json
 from .sampling import decoded, from_base, has_mean
 
@@ -53,6 +66,7 @@ def evaluate(
     if evaluation is not None:
         run = replace(run, recipe=replace(run.recipe, evaluation=evaluation))
     groups: list[GroupFigures] = []
+    check_test_examples(run, "evaluate")
     extractor = feature_extractor(features, run)
     if run.hierarchical:
         figures, groups = hierarchical.measure(run, extractor, seed)

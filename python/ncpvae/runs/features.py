@@ -44,19 +44,24 @@ def train_features(
     check_count("batch_size", batch_size)
     if (output / "config.json").exists() and not overwrite:
         raise ValueError(f"train-features: {output} holds a model already; --overwrite replaces it")
-    writable(output)
     dataset, where = data.load(name, data_folder), chosen_device(device)
     labels = dataset.labels
     if dataset.kind != "image" or labels is None or labels.train.dim() != 1 or labels.train.dtype == torch.bool:
         raise ValueError(f"train-features: data must be images with one class each, got {name!r}")
     images, targets = ([placed(part, where) for part in parts] for parts in (dataset.splits, labels))
     shape, classes = list(images[0].shape[1:]), int(targets[0].max()) + 1
+    if classes > len(images[0]):
+        raise ValueError(
+            f"train-features: labels must be classes 0, 1, …, fewer than the {len(images[0])} training images, got "
+            f"{classes - 1} in {name!r}"
+        )
     for split, part in zip(labels._fields, targets, strict=True):
         if int(part.min()) < 0 or int(part.max()) >= classes:
             raise ValueError(
                 f"train-features: labels must be classes 0 … {classes - 1}, those of the training images, got "
                 f"{int(part.min())} … {int(part.max())} in split {split!r} of {name!r}"
             )
+    writable(output)
     model = initialised(seed, lambda: FeatureClassifier(shape, classes, maximum=dataset.maximum or 255)).to(where)
 
     def loss(index: Tensor) -> dict[str, Tensor]:

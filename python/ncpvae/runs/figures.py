@@ -94,7 +94,9 @@ def fidelity(
     part = real[some] if isinstance(real, Tensor) else replace(real, values=real.values[some])
     found = {side: space(x) for side, x in sides.items() if x is not None}
     rows: list[Metric] = []
-    if extractor is not None:
+    if extractor is not None and min(len(test), e.samples) < 4:
+        warnings.warn(f"distances need 4 images, there are {min(len(test), e.samples)}", stacklevel=2)
+    elif extractor is not None:
         subset = min(1000, len(test) // 2, e.samples // 2)
         for distance in (metrics.frechet_distance, partial(metrics.kernel_distance, subset_size=subset)):
             both = {side: distance(real, x) for side, x in found.items()}
@@ -125,6 +127,12 @@ def row(
     errors = {side: float(getattr(m, error)) for side, m in both.items()} if error else {}
     errors = {side: value for side, value in errors.items() if math.isfinite(value)}
     return Metric(name, unit, values["base"], values.get("ncp"), lower, errors.get("base"), errors.get("ncp"), protocol)
+
+
+def check_test_examples(run: Run, owner: str) -> None:
+    """ValueError where there is but one test example, of which nothing can be said."""
+    if len(run.dataset.splits.test) < 2:
+        raise ValueError(f"{owner}: the test split of {run.recipe.data!r} must hold 2 examples or more, got 1")
 
 
 def feature_extractor(features: str | None, run: Run) -> torch.nn.Module | None:

@@ -114,7 +114,7 @@ def hierarchical_parts(run: Run) -> dict[str, Any]:
 def summary(run: Run, figures: list[Metric]) -> str:
     """A paragraph with the headline numbers."""
     stage_one = run.config.get("stage_one", {})
-    text = f"A VAE trained on {run.recipe.data} for {stage_one.get('steps', run.recipe.steps):,} steps"
+    text = f"A VAE trained on {run.dataset.name} for {stage_one.get('steps', run.recipe.steps):,} steps"
     by = "a classifier for each group of latent variables" if run.hierarchical else "a classifier"
     text += f", its prior then reweighted by {by}." if run.has_prior() else "."
     by_name = {figure.name: figure for figure in figures}
@@ -154,9 +154,11 @@ def log_weights(run: Run, prior: NoiseContrastivePrior) -> Tensor:
 
 
 @torch.no_grad()
-def latents(run: Run, vae: VAE, prior: NoiseContrastivePrior | None) -> dict[str, Tensor]:
-    """Draws from q(z) of test examples, the base and the noise contrastive prior, each [N, D]."""
+def latents(run: Run, vae: VAE, prior: NoiseContrastivePrior | None) -> dict[str, Tensor] | None:
+    """Draws from q(z) of test examples, the base and the noise contrastive prior, each [N, D]; None for one example."""
     test, seed = run.dataset.splits.test[:LATENTS], run.recipe.seed
+    if len(test) < 2:
+        return None
     with _random.scoped(seed):
         parts = [
             vae.encode(run.recipe.evaluation_transform(run.on_device(x))).sample() for x in test.split(ROWS_AT_ONCE)

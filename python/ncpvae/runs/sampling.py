@@ -1,16 +1,16 @@
 """Pictures and tensors out of a run: samples, reconstructions, interpolations."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributions import Distribution
 
 from .. import _random, plots
-from .._files import atomic_file, write_atomic
+from .._files import atomic_file, save_tensors, write_atomic
 from ..data import load_vocabulary, to_text
 from ..distributions import temper
 from ..hierarchy import readjust_batch_norm
@@ -181,6 +181,7 @@ def reconstructions_of(run: Run, vae: VAE, examples: Tensor) -> tuple[Tensor, Te
     with _random.scoped(run.recipe.seed):
         codes = [vae.encode(run.recipe.evaluation_transform(part)).mean for part in x.split(ROWS_AT_ONCE)]
         copies = run.recipe.pictures(decode_mean(vae, torch.cat(codes))).cpu()
+        copies = copies.clamp(0, 1) if len(run.recipe.shape) == 3 else copies
     return run.recipe.originals(x).cpu(), copies
 
 
@@ -243,11 +244,22 @@ def overview(run: Run) -> Path:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def show(run: Run, path: Path, panels: list[tuple[str, Tensor]], columns: int | None = None) -> None:
-    """Beside `path`, a picture of images or points, or a file with the lines of texts; nothing for other examples."""
+    """Beside `path`, a picture of images or points, or a file with the lines of texts; nothing for other examples.
+
+    Warns:
+        UserWarning: where there is no matplotlib for a picture.
+    """
+    try:
+        _show(run, path, panels, columns)
+    except ImportError as error:
+        warnings.warn(f"no picture beside {path}: {error}", stacklevel=2)
+
+
+def _show(run: Run, path: Path, panels: list[tuple[str, Tensor]], columns: int | None) -> None:
     picture = path.with_suffix(".png")
     if panels[0][1].dim() == 4:
         plots.save_images(picture, panels, columns)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .. import _random
 from .._distributed import rank, ranks
-from .._files import atomic_file
+from .._files import atomic_file, save_tensors
 from ..data import Dataset, save_vocabulary
 from ..distributions import diagonal_normal
 from ..metrics import collect_posteriors, hierarchical_log_normalizer
@@ -93,7 +92,7 @@ def train(
             save_vocabulary(folder / "vocabulary.json", dataset.vocabulary)
         if critic is not None:
             with atomic_file(folder / "critic" / "model.safetensors") as file:
-                save_file(critic.state_dict(), file)
+                save_tensors(critic.state_dict(), file)
         run.update(
             data={"source": dataset.source, "caution": dataset.caution},
             stage_one={"steps": result.steps, "best_step": result.best_step, "seconds": result.seconds},

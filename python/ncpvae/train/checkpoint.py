@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._distributed import ranks
-from .._files import atomic_folder, load_weights, read_json, write_atomic
+from .._files import atomic_folder, load_weights, read_json, save_tensors, write_atomic
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,7 +67,8 @@ def save(
         accelerator.save_state(str(writing))
         if main:
             for name, state_dict in tensors.items():
-                save_file({k: v.contiguous().clone() for k, v in state_dict.items()}, writing / f"{name}.safetensors")
+                copies = {k: v.contiguous().clone() for k, v in state_dict.items()}
+                save_tensors(copies, writing / f"{name}.safetensors")
         accelerator.wait_for_everyone()
         if main:
             sizes = {p.name: p.stat().st_size for p in sorted(writing.iterdir()) if p.is_file()}
