@@ -476,9 +476,7 @@ def test_features_need_a_folder_and_classes(tmp_path):
     with pytest.raises(ValueError, match=r"labels must be classes 0 … 1, .* got -1 … 1 in split 'train'"):
         features.train_features(f"npz:{tmp_path / 'x.npz'}", tmp_path / "out", steps=1, progress=False)
     numpy.savez(tmp_path / "x.npz", train=x, train_labels=numpy.arange(40) * 10**9)
-    with pytest.raises(
-        ValueError, match=r"labels must be classes 0, 1, …, fewer than the 32 training images, got"
-    ):
+    with pytest.raises(ValueError, match=r"labels must be classes 0, 1, …, fewer than the 32 training images, got"):
         features.train_features(f"npz:{tmp_path / 'x.npz'}", tmp_path / "out", steps=1, progress=False)
     assert not (tmp_path / "out").exists()
 
