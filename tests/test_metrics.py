@@ -87,12 +87,32 @@ def test_transform_is_applied_once_and_seed_governs():
     assert "5 draws per example, 10 examples" in first.protocol
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 30])
+def test_the_decoder_is_given_few_rows_at_a_time(at_once, monkeypatch):
+    model, x, rows = LinearGaussian(), torch.randn(13, 4), []
+
+    def decode(z):
+        rows.append(z.shape[0] * z.shape[1])
+        return model.decode(z)
+
+    arguments = {"num_samples": 5, "max_rows": 50, "seed": 3}
+    expected = metrics.importance_weighted_nll(x, model.encode, model.decode, {"p": PRIOR.log_prob}, **arguments)["p"]
+    monkeypatch.setattr("ncpvae.metrics.likelihood.DECODED_AT_ONCE", at_once)
+    found = metrics.importance_weighted_nll(x, model.encode, decode, {"p": PRIOR.log_prob}, **arguments)["p"]
+    torch.testing.assert_close(found.per_example, expected.per_example)
+    assert max(rows) <= at_once and sum(rows) == 5 * 13
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"data": torch.zeros(0, 4)}, r"data must be \[N, …\] with N ≥ 1"),
         ({"data": torch.full((2, 4), math.nan)}, "data must be finite"),
         ({"encode": lambda x: x}, "encode must return q"),
+        (
+            {"num_samples": 2, "decode": lambda z: Independent(Normal(torch.zeros(3, 4), 1.0), 1)},
+            r"decode must return p\(x\|z\) with batch \(2, 3\), got",
+        ),
         ({"num_samples": 0}, "num_samples and max_rows must be ≥ 1, got 0"),
         (
             {"num_samples": 1, "log_priors": {"p": lambda z: PRIOR.base_dist.log_prob(z)}},

@@ -10,6 +10,8 @@ from torch.distributions import Distribution
 
 from .. import _distributed, _random
 
+DECODED_AT_ONCE = 2048  # rows, whose activations are what takes memory
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -49,11 +51,12 @@ def importance_weighted_nll(
     Args:
         data: [N, …].
         encode: x [B, …] → q(z|x) with batch [B].
-        decode: z [S, B, …] → p(x|z) with batch [S, B].
+        decode: z [S, B, …] → p(x|z) with batch [S, B]; called with parts of the draws and examples.
         log_priors: name → function z [S, B, …] → log p(z) [S, B], nats: the base's `log_prob`; the `log_prob` of a
             noise contrastive prior, which with an estimated Z is optimistic; or its `snis_log_prob`, a valid bound.
         num_samples: S draws per example.
-        max_rows: rows z given to the decoder at once; memory depends on it and not on N or S.
+        max_rows: rows z held at once, of which the decoder is given at most 2,048 at a time; memory depends on it and
+            not on N or S.
         transform: applied to each chunk of data once, binarisation for example; conversion to float32 by default.
         device: where the chunks of data go first; where they are by default.
         seed: governs all randomness, torch's global generators being left as they were; None uses those. What a chunk
@@ -126,12 +129,7 @@ def _chunk_nll(
     running = {name: torch.full((len(x),), -math.inf, device=x.device) for name in log_priors}
     for start in range(0, num_samples, at_once):
         z = posterior.sample((min(at_once, num_samples - start),))
-        shared = decode(z).log_prob(x) - posterior.log_prob(z)
-        if shared.shape != (len(z), len(x)):
-            raise ValueError(
-                f"importance_weighted_nll: decode must return p(x|z) with batch {(len(z), len(x))}, "
-                f"got log-likelihoods of shape {tuple(shared.shape)}"
-            )
+        shared = _log_likelihood(decode, x, z) - posterior.log_prob(z)
         for name, log_prior in log_priors.items():
             of_prior = log_prior(z)
             if of_prior.shape != shared.shape:
@@ -141,6 +139,28 @@ def _chunk_nll(
                 )
             running[name] = torch.logaddexp(running[name], (shared + of_prior).logsumexp(0))
     return {name: math.log(num_samples) - log_sum for name, log_sum in running.items()}
+
+
+def _log_likelihood(decode: Callable[[Tensor], Distribution], x: Tensor, z: Tensor) -> Tensor:
+    """log p(x_b|z_sb), [S, B], for x [B, …] and z [S, B, …]; the decoder is given DECODED_AT_ONCE rows at a time."""
+
+    def part(some: Tensor, codes: Tensor) -> Tensor:
+        found = decode(codes).log_prob(some)
+        if found.shape != codes.shape[:2]:
+            raise ValueError(
+                f"importance_weighted_nll: decode must return p(x|z) with batch {tuple(codes.shape[:2])}, "
+                f"got log-likelihoods of shape {tuple(found.shape)}"
+            )
+        return found
+
+    columns = zip(x.split(DECODED_AT_ONCE), z.split(DECODED_AT_ONCE, 1), strict=True)
+    return torch.cat(
+        [
+            torch.cat([part(some, rows) for rows in codes.split(max(1, DECODED_AT_ONCE // len(some)))])
+            for some, codes in columns
+        ],
+        dim=1,
+    )
 
 
 def summarized(per_example: Tensor, protocol: str) -> Likelihood:
