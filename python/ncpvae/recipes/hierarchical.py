@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -17,7 +17,6 @@ from ..train.execution import check_count, check_positive
 from .base import ClassifierTraining, Recipe
 
 Pixels = Literal["bernoulli", "normal", "logistic-mixture"]
-LIKELIHOODS = get_args(Pixels)
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,6 @@ class HierarchicalRecipe(Recipe):
             raise ValueError(f"min_lr must be ≤ lr, {self.lr:g}, got {self.min_lr:g}")
         check_count("warmup_steps", self.warmup_steps, minimum=0, below=self.steps)
         check_count("bits", self.bits, below=9)
-        if self.likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
         if not 0.0 < self.kl_warmup <= 1.0:
             raise ValueError(f"kl_warmup must be in (0, 1], got {self.kl_warmup!r}")
         for name in ("weight_decay", "regularization", "initial_regularization"):
