@@ -216,16 +216,11 @@ struct Survey {
 #pragma GCC unroll 8
       for (int64_t p = 0; p < most.parts; ++p) {
         const Vector<A> next = load(values + i + p * most.width);
-        most.part[p] = next > most.part[p] ? next : most.part[p];
+        most.part[p] = Larger()(most.part[p], next);
         total.part[p] += next;
       }
     }
-    A lane[kLanes];
-    std::memcpy(lane, most.part, sizeof lane);
-    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
-    }
-    max = lane[0], sum = total.sum();
+    max = most.max(), sum = total.sum();
     for (int64_t i = whole; i < size; ++i) {
       max = values[i] > max ? values[i] : max;
       sum += values[i];

@@ -15,12 +15,20 @@ namespace {
 using sir::kTile;
 using sir::Summary;
 
-constexpr int64_t kBlock = 32;       // elements that a pick passes over at once
+constexpr int64_t kBlock = 16;       // elements that a pick passes over at once, in a group
 constexpr int64_t kSumGroup = 128;   // elements summed in the weights' own precision, before float64
+constexpr int64_t kGroups = kTile / kSumGroup;
 constexpr int64_t kDrawGroup = 64;   // draws of a row that are picked together
 constexpr int64_t kHeldTiles = 16;   // rows of no more tiles are kept, exponentiated, until their draws are done
 constexpr int64_t kTileGrain = 32;   // tiles worth a thread of their own
 constexpr double kNone = -INFINITY;  // key of a draw without a choice
+
+// e = exp(w − max w) for the weights w of a tile, zero past their end, and the sums of its groups, lane by lane.
+template <typename A>
+struct Tile {
+  alignas(64) A e[kTile];
+  A groups[kGroups][kLanes];
+};
 
 // e = exp(w − origin) for kLanes elements, added to the sums of e and e².
 template <typename A>
@@ -34,9 +42,10 @@ inline void exponentiate_lanes(const A* w, A origin, A* e, Lanes<A>& total, Lane
   }
 }
 
-// e = exp(w − max w) for a tile of `size` weights, zero past its end, and its sums. `w` may be `e` itself.
+// Fills a tile from its `size` weights, which may be in `tile.e` itself, and sums it up.
 template <typename A>
-Summary exponentiate_tile(const A* w, int64_t size, A* e) {
+Summary exponentiate_tile(const A* w, int64_t size, Tile<A>& tile) {
+  A* const e = tile.e;
   constexpr A none = -static_cast<A>(INFINITY);
   const A max = lane_max(w, size), origin = max == none ? A(0) : max;
   const int64_t whole = size / kLanes * kLanes;
@@ -58,10 +67,13 @@ Summary exponentiate_tile(const A* w, int64_t size, A* e) {
       for (int64_t l = 0; l < kLanes; ++l) rest[l] = whole + l < size ? w[whole + l] : none;
       exponentiate_lanes(rest, origin, e + whole, group_total, group_squares);
     }
+    std::memcpy(tile.groups[start / kSumGroup], group_total.part, sizeof group_total.part);
     add_as_double(total, group_total);
     add_as_double(squares, group_squares);
   }
   for (int64_t i = (size + kLanes - 1) / kLanes * kLanes; i < kTile; ++i) e[i] = 0;
+  const int64_t filled = (size + kSumGroup - 1) / kSumGroup;
+  std::memset(tile.groups + filled, 0, (kGroups - filled) * sizeof tile.groups[0]);
   // A NaN weight is passed over by the maximum and arrives in the sum; +inf − (+inf) is NaN too.
   const Summary summary{max, total.sum(), squares.sum()};
   return std::isnan(summary.total) ? Summary{NAN, NAN, NAN} : summary;
@@ -69,34 +81,37 @@ Summary exponentiate_tile(const A* w, int64_t size, A* e) {
 
 template <typename A>
 double sum_block(const A* e) {
-  Lanes<double> sum = {};
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kBlock; i += sum.width) sum.part[i / sum.width % sum.parts] += load_double(e + i);
+  static_assert(kBlock == kLanes);
+  Lanes<double> sum;
+#pragma GCC unroll 8
+  for (int64_t p = 0; p < sum.parts; ++p) sum.part[p] = load_double(e + p * sum.width);
   return sum.sum();
 }
 
-// The first element of a tile at which the cumulative sum exceeds the threshold; where rounding lets none exceed it, the
-// last element with positive weight.
-template <typename A>
-int64_t pick(const A* e, double threshold) {
-  int64_t block = 0;
-  double before = 0, running = 0;
-  for (int64_t b = 0; b < kTile && !(running > threshold); b += kBlock) {
-    const double sum = sum_block(e + b);
-    if (sum > 0) {
-      block = b;
-      before = running;
-    }
+// The first of `count` parts at which the sum of all so far exceeds the threshold; where rounding lets none exceed it,
+// the last with a positive sum. `before` is the sum of all that comes before the parts, and then before the one found.
+template <typename SumOf>
+int64_t find(int64_t count, double threshold, double& before, SumOf sum_of) {
+  int64_t found = 0;
+  double running = before;
+  for (int64_t i = 0; i < count && !(running > threshold); ++i) {
+    const double sum = sum_of(i);
+    found = sum > 0 ? i : found;
+    before = sum > 0 ? running : before;
     running += sum;
   }
-  int64_t last = block;
-  for (int64_t i = block; i < block + kBlock; ++i) {
-    if (!(e[i] > 0)) continue;
-    last = i;
-    before += e[i];
-    if (before > threshold) break;
-  }
-  return last;
+  return found;
+}
+
+// The element of a tile at which its cumulative sum first exceeds the threshold: its group, its block, itself.
+template <typename A>
+int64_t pick(const Tile<A>& tile, double threshold) {
+  double before = 0;
+  const A* e = tile.e;
+  const int64_t g = find(kGroups, threshold, before, [&](int64_t i) { return sum_block(tile.groups[i]); });
+  e += g * kSumGroup;
+  e += kBlock * find(kSumGroup / kBlock, threshold, before, [&](int64_t i) { return sum_block(e + i * kBlock); });
+  return e - tile.e + find(kBlock, threshold, before, [&](int64_t i) { return static_cast<double>(e[i]); });
 }
 
 template <typename T>
@@ -109,11 +124,10 @@ struct Problem {
 
   int64_t tiles() const { return (count + kTile - 1) / kTile; }
 
-  // e = exp(w − max w) of a row's tile, zero past its end
-  Summary load(int64_t row, int64_t t, A* e) const {
+  Summary load(int64_t row, int64_t t, Tile<A>& tile) const {
     const int64_t start = t * kTile, size = count - start < kTile ? count - start : kTile;
     const T* from = log_weights + row * count + start;
-    return exponentiate_tile<A>(widened(from, size, e), size, e);
+    return exponentiate_tile<A>(widened(from, size, tile.e), size, tile);
   }
 };
 
@@ -128,13 +142,13 @@ struct State {
 template <typename A>
 struct Row {
   const Summary* summaries;
-  const A* held;  // its exponentials, or null where a tile that wins is to be loaded again
+  const Tile<A>* held;  // or null where a tile that wins is to be loaded again
 };
 
 // Decides the draws [first, last) of a row; `space` is room for one tile.
 template <typename T, typename A = Accumulate<T>>
 void draw_group(const Problem<T>& p, int64_t row, const Row<A>& tiles, int64_t first, int64_t last, const State& state,
-                A* space) {
+                Tile<A>& space) {
   int64_t winner[kDrawGroup];
   double threshold[kDrawGroup];
   for (int64_t d = first; d < last; ++d) {
@@ -153,11 +167,11 @@ void draw_group(const Problem<T>& p, int64_t row, const Row<A>& tiles, int64_t f
     const int64_t t = winner[d - first];
     if (t < 0) continue;
     if (!tiles.held) p.load(row, t, space);
-    const A* e = tiles.held ? tiles.held + t * kTile : space;
+    const Tile<A>& tile = tiles.held ? tiles.held[t] : space;
     for (int64_t same = d; same < last; ++same) {
       if (winner[same - first] != t) continue;
       winner[same - first] = -1;
-      state.index[row * p.draws + same] = p.next_index + t * kTile + pick(e, threshold[same - first]);
+      state.index[row * p.draws + same] = p.next_index + t * kTile + pick(tile, threshold[same - first]);
     }
   }
 }
@@ -173,7 +187,7 @@ void fold(const Summary* summaries, int64_t tiles, const State& state, int64_t r
 
 // The draws of group `group` of a row whose tiles have been folded into the state.
 template <typename T, typename A = Accumulate<T>>
-void draw(const Problem<T>& p, int64_t row, const Row<A>& tiles, int64_t group, const State& state, A* space) {
+void draw(const Problem<T>& p, int64_t row, const Row<A>& tiles, int64_t group, const State& state, Tile<A>& space) {
   const int64_t first = group * kDrawGroup, last = first + kDrawGroup < p.draws ? first + kDrawGroup : p.draws;
   if (!std::isnan(state.log_max[row])) return draw_group(p, row, tiles, first, last, state, space);
   for (int64_t d = first; d < last; ++d) {
@@ -187,12 +201,12 @@ template <typename T, typename A = Accumulate<T>>
 void update_short_rows(const Problem<T>& p, const State& state) {
   const int64_t tiles = p.tiles(), groups = (p.draws + kDrawGroup - 1) / kDrawGroup;
   torch::stable::parallel_for(0, p.rows, (kTileGrain + tiles - 1) / tiles, [&](int64_t begin, int64_t end) {
-    alignas(64) A e[kHeldTiles * kTile];
+    Tile<A> held[kHeldTiles];
     Summary summaries[kHeldTiles];
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t t = 0; t < tiles; ++t) summaries[t] = p.load(row, t, e + t * kTile);
+      for (int64_t t = 0; t < tiles; ++t) summaries[t] = p.load(row, t, held[t]);
       fold(summaries, tiles, state, row);
-      for (int64_t group = 0; group < groups; ++group) draw(p, row, Row<A>{summaries, e}, group, state, e);
+      for (int64_t group = 0; group < groups; ++group) draw(p, row, Row<A>{summaries, held}, group, state, held[0]);
     }
   });
 }
@@ -203,15 +217,15 @@ void update_long_rows(const Problem<T>& p, const State& state) {
   const int64_t tiles = p.tiles(), groups = (p.draws + kDrawGroup - 1) / kDrawGroup;
   const std::unique_ptr<Summary[]> summaries(new Summary[p.rows * tiles]);
   torch::stable::parallel_for(0, p.rows * tiles, kTileGrain, [&](int64_t begin, int64_t end) {
-    alignas(64) A e[kTile];
-    for (int64_t i = begin; i < end; ++i) summaries[i] = p.load(i / tiles, i % tiles, e);
+    Tile<A> tile;
+    for (int64_t i = begin; i < end; ++i) summaries[i] = p.load(i / tiles, i % tiles, tile);
   });
   for (int64_t row = 0; row < p.rows; ++row) fold(summaries.get() + row * tiles, tiles, state, row);
   torch::stable::parallel_for(0, p.rows * groups, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) A e[kTile];
+    Tile<A> tile;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / groups;
-      draw(p, row, Row<A>{summaries.get() + row * tiles, nullptr}, i % groups, state, e);
+      draw(p, row, Row<A>{summaries.get() + row * tiles, nullptr}, i % groups, state, tile);
     }
   });
 }

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -202,20 +203,50 @@ inline Vector<double> load_double(const double* from) { return load(from); }
 
 constexpr int64_t kLanes = 16;  // logical lanes of a reduction, whatever the width of the registers
 
+// n values as one: the upper half joins the lower until one is left, in this order whatever the width of the registers.
+template <int64_t n, typename T, typename Join>
+inline T halved(const T* values, Join join) {
+  if constexpr (n == 1) {
+    return values[0];
+  } else {
+    constexpr int64_t half = n / 2, bytes = half * sizeof(T);
+    T joined[half];
+    if constexpr (bytes >= 16 && bytes <= kVectorBytes) {  // GCC 12 makes loops over halves of this, through memory
+      typedef T Half __attribute__((vector_size(bytes)));
+      Half lower, upper;
+      std::memcpy(&lower, values, bytes);
+      std::memcpy(&upper, values + half, bytes);
+      lower = join(lower, upper);
+      std::memcpy(joined, &lower, bytes);
+    } else {
+      for (int64_t i = 0; i < half; ++i) joined[i] = join(values[i], values[half + i]);
+    }
+    return halved<half>(joined, join);
+  }
+}
+
+// `most`, or `next` where it is larger; NaN in `next` is passed over
+struct Larger {
+  template <typename V>
+  V operator()(V most, V next) const {
+    return next > most ? next : most;
+  }
+};
+
 // kLanes partial results in registers
 template <typename T>
 struct Lanes {
   static constexpr int64_t width = VectorOf<T>::lanes, parts = kLanes / width;
   Vector<T> part[parts];
 
-  T sum() const {
+  template <typename Join>
+  T joined(Join join) const {
     T lane[kLanes];
     std::memcpy(lane, part, sizeof lane);
-    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
-    }
-    return lane[0];
+    return halved<kLanes>(lane, join);
   }
+  T sum() const { return joined(std::plus<>()); }
+  T max() const { return joined(Larger()); }
 };
 
 // total += sum, lane by lane
@@ -256,15 +287,10 @@ inline T lane_max(const T* values, int64_t size) {
   std::memcpy(most, lane, sizeof lane);
   for (int64_t i = 0; i < whole; i += chains * width) {
 #pragma GCC unroll 4
-    for (int64_t c = 0; c < chains; ++c) {
-      const Vector<T> next = load(values + i + c * width);
-      most[c] = next > most[c] ? next : most[c];
-    }
+    for (int64_t c = 0; c < chains; ++c) most[c] = Larger()(most[c], load(values + i + c * width));
   }
-  for (int64_t c = 1; c < chains; ++c) most[0] = most[c] > most[0] ? most[c] : most[0];
-  std::memcpy(lane, most, sizeof most[0]);
-  T result = lane[0];
-  for (int64_t i = 1; i < width; ++i) result = lane[i] > result ? lane[i] : result;
+  std::memcpy(lane, most, sizeof lane);
+  T result = halved<chains * width>(lane, Larger());
   for (int64_t i = whole; i < size; ++i) result = values[i] > result ? values[i] : result;
   return result;
 }

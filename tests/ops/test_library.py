@@ -172,6 +172,38 @@ def test_no_gradient_is_lost_where_the_gradients_layer_is_passed_by():
         total(torch.autograd.forward_ad.make_dual(z, torch.ones_like(z)))
 
 
+SEED = torch.tensor([3, 4])
+DIFFERENTIABLE = {
+    "sir_resample": lambda a, b: ((a, SEED, 2), [1, 2]),
+    "langevin_step": lambda a, b: ((a, b, SEED, 0.3, b[0], b[0].exp(), 1.0), [0]),
+    "similarity_logsumexp": lambda a, b: ((a, b, a.sum()), [0, 1]),
+    "gaussian_logsumexp": lambda a, b: ((a, b, 0.1 * b, b[:, 0]), [0]),
+}
+
+
+def test_every_op_with_a_gradient_is_compared():
+    assert {op.name().removeprefix("ncpvae::") for op in _library.DIFFERENTIABLE} == set(DIFFERENTIABLE)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_both_ways_to_a_gradient_agree(name):
+    """Calls record a function of autograd's own; compilers get the gradient that is registered with the op."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(5, 3).requires_grad_() for _ in range(2)]
+    found = []
+    for function in (getattr(ncpvae.ops, name), getattr(torch.ops.ncpvae, name)):
+        arguments, differentiable = DIFFERENTIABLE[name](*leaves)
+        outputs = function(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert [out.requires_grad for out in outputs] == [i in differentiable for i in range(len(outputs))]
+        value = sum(
+            (outputs[i] * torch.arange(outputs[i].numel()).view(outputs[i].shape)).sum() for i in differentiable
+        )
+        found.append((outputs, torch.autograd.grad(value, leaves, allow_unused=True)))
+    assert f"ncpvae_{name}" in found[0][0][differentiable[0]].grad_fn.name()
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_the_plain_kernels_keep_their_precision_under_autocast():
     x = torch.nn.functional.normalize(torch.randn(64, 8), dim=1)
     kernel = _library._in_own_precision(ncpvae.ops.reference.similarity_logsumexp)

@@ -19,6 +19,8 @@ LIBRARY = torch.library.Library("ncpvae", "DEF")
 PACKAGE = Path(__file__).resolve().parent.parent
 #: why the native kernels of a dispatch key are not in use; a key that is missing here has its library loaded
 NATIVE_UNAVAILABLE: dict[str, str] = {}
+#: each op's gradient for autograd to record
+DIFFERENTIABLE: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
 #: the library file in use for a dispatch key
 LOADED: dict[str, str] = {}
 #: levels of the x86-64 instruction set that the CPU kernels are compiled for, and the ends of the library's name
@@ -51,13 +53,26 @@ def _in_own_precision(reference: Callable) -> Callable:
 def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Register the gradient of the op `name`."""
     torch.library.register_autograd(f"ncpvae::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    op = getattr(torch.ops.ncpvae, name).default
+
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    DIFFERENTIABLE[op] = type(
+        f"ncpvae_{name}_", (torch.autograd.Function,), methods
+    )  # a result's grad_fn shows the name
 
 
 def call(op: torch._ops.OpOverload, *arguments):
-    """`op(*arguments)`, past its gradient's registration where nobody can ask for a gradient.
+    """`op(*arguments)`, all of them given, past its gradient's registration.
 
-    A gradient registered from Python costs every call 5 μs, as much as a small kernel. Compilers and function
-    transforms get the op as it is.
+    A gradient registered from Python costs every call 5 μs, as much as a small kernel, and one that is recorded 20:
+    where nobody can ask for a gradient none is prepared, and else the same formulas are recorded by a function of
+    autograd's own. Compilers and function transforms get the op as it is.
 
     Raises:
         NotImplementedError: for forward-mode gradients, which would be lost without a word.
@@ -69,7 +84,7 @@ def call(op: torch._ops.OpOverload, *arguments):
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, torch.Tensor) and argument.requires_grad:
-                return op(*arguments)
+                return DIFFERENTIABLE[op].apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
