@@ -246,14 +246,14 @@ void run(const char* op, const Tensor& z, const Tensor& score, const Tensor& see
 
 Tensor langevin_step(Tensor z, Tensor score, Tensor seed, double step_size, std::optional<Tensor> base_mean,
                      std::optional<Tensor> base_std, double temperature) {
-  const Tensor out = torch::stable::new_empty(z, z.sizes());
+  const Tensor out = new_tensor(z, z.sizes(), z.scalar_type());
   run("langevin_step", z, score, seed, step_size, base_mean, base_std, temperature, out);
   return out;
 }
 
 void langevin_step_(Tensor z, Tensor score, Tensor seed, double step_size, std::optional<Tensor> base_mean,
                     std::optional<Tensor> base_std, double temperature) {
-  const Tensor out = z.is_contiguous() ? z : torch::stable::new_empty(z, z.sizes());
+  const Tensor out = z.is_contiguous() ? z : new_tensor(z, z.sizes(), z.scalar_type());
   run("langevin_step_", z, score, seed, step_size, base_mean, base_std, temperature, out);
   if (!z.is_contiguous()) torch::stable::copy_(z, out);
 }
