@@ -19,10 +19,11 @@ NCPVAE_HD T step(T z, T drift, T half_step_size, T noise_scale, T noise) {
   return z + half_step_size * drift + noise_scale * noise;
 }
 
-// score + (mean − z)/std²: the gradient of a Normal base prior added to that of log r
+// score + (mean − z)/std²: the gradient of a Normal base prior added to that of log r. By 1/std twice, and not by 1/std²,
+// which overflows before it should.
 template <typename T>
-NCPVAE_HD T drift_with_base(T z, T score, T mean, T std) {
-  return score + (mean - z) / (std * std);
+NCPVAE_HD T drift_with_base(T z, T score, T mean, T inverse_std) {
+  return score + (mean - z) * inverse_std * inverse_std;
 }
 
 }  // namespace ncpvae::langevin

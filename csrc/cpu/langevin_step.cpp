@@ -182,6 +182,7 @@ struct Step {
   Seed seed;
   double step_size, temperature;
   const Broadcast *mean, *std;  // both null where no base is given
+  bool inverted;                // `std` holds 1/std, as Accumulate<T>
 };
 
 template <typename T>
@@ -191,7 +192,8 @@ void langevin(const Step& p, const T* z, const T* score, T* out) {
   const A noise_scale = static_cast<A>(std::sqrt(p.step_size * p.temperature));
   const int64_t chunks = (p.count + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks, kChunkGrain, [&](int64_t begin, int64_t end) {
-    alignas(64) A noise[kChunk] = {}, mean[kChunk], std[kChunk], drift[kChunk], here_space[kChunk], next_space[kChunk];
+    alignas(64) A noise[kChunk] = {}, mean[kChunk], inverse[kChunk], drift[kChunk];
+    alignas(64) A here_space[kChunk], next_space[kChunk];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t start = chunk * kChunk, size = p.count - start < kChunk ? p.count - start : kChunk;
       if (p.temperature > 0) fill_normals(p.seed, start / 4, noise);
@@ -199,8 +201,13 @@ void langevin(const Step& p, const T* z, const T* score, T* out) {
       const A* slope = widened(score + start, size, drift);
       if (p.mean) {
         p.mean->load<T>(start, size, mean);
-        p.std->load<T>(start, size, std);
-        for (int64_t i = 0; i < size; ++i) drift[i] = langevin::drift_with_base(here[i], slope[i], mean[i], std[i]);
+        if (p.inverted) {
+          p.std->load<A>(start, size, inverse);
+        } else {
+          p.std->load<T>(start, size, inverse);
+          for (int64_t i = 0; i < size; ++i) inverse[i] = A(1) / inverse[i];
+        }
+        for (int64_t i = 0; i < size; ++i) drift[i] = langevin::drift_with_base(here[i], slope[i], mean[i], inverse[i]);
         slope = drift;
       }
       A* next = next_space;
@@ -227,16 +234,28 @@ void run(const char* op, const Tensor& z, const Tensor& score, const Tensor& see
   const int64_t* words = data<int64_t>(dense_seed);
   dispatch_floating(op, "z", type, [&](auto zero) {
     using T = decltype(zero);
-    Step step{z.numel(), {words[0], words[1]}, step_size, temperature, nullptr, nullptr};
+    using A = Accumulate<T>;
+    Step step{z.numel(), {words[0], words[1]}, step_size, temperature, nullptr, nullptr, false};
     Broadcast mean, std;
     std::vector<T> mean_storage, std_storage;
+    std::vector<A> inverse, inverse_storage;
     if (base_mean) {
       check_dtype(op, "base_mean", *base_mean, type);
       check_dtype(op, "base_std", *base_std, type);
       mean = broadcast(op, "base_mean", *base_mean, z);
-      std = broadcast(op, "base_std", *base_std, z);
+      step.inverted = 4 * base_std->numel() <= step.count;  // then divided once, for all that share it
+      const Tensor dense_std = step.inverted ? as_contiguous(*base_std) : *base_std;
+      std = broadcast(op, "base_std", dense_std, z);
       repeat_short_block(mean, mean_storage);
-      repeat_short_block(std, std_storage);
+      if (step.inverted) {
+        inverse.resize(dense_std.numel());
+        widen(data<T>(dense_std), dense_std.numel(), inverse.data());
+        for (A& value : inverse) value = A(1) / value;
+        std.data = inverse.data();
+        repeat_short_block(std, inverse_storage);
+      } else {
+        repeat_short_block(std, std_storage);
+      }
       step.mean = &mean;
       step.std = &std;
     }

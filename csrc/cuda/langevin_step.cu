@@ -71,13 +71,6 @@ __device__ __forceinline__ void load(const Broadcast& b, int64_t first, int coun
   }
 }
 
-// langevin::drift_with_base without its division. By 1/std twice, and not by 1/std², which overflows before it should.
-template <typename A>
-__device__ __forceinline__ A drift_with_base(A z, A score, A mean, A std) {
-  const A inverse_std = fast_reciprocal(std);
-  return score + (mean - z) * inverse_std * inverse_std;
-}
-
 struct NoBase {};
 struct NormalBase {
   Broadcast mean, std;
@@ -109,7 +102,9 @@ __global__ void __launch_bounds__(kThreads, 3) step_kernel(Step<T> s, const Base
       load<T>(base.mean, first, count, mean);
       load<T>(base.std, first, count, std);
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) drift[i] = drift_with_base(z[i], drift[i], mean[i], std[i]);
+      for (int i = 0; i < kQuad; ++i) {
+        drift[i] = langevin::drift_with_base(z[i], drift[i], mean[i], fast_reciprocal(std[i]));
+      }
     }
     if (s.noise_scale > 0) langevin::normals(seed, static_cast<uint64_t>(quad), noise);
     Pack<T, kQuad> result;

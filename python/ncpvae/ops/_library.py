@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("ncpvae", "DEF")
@@ -41,7 +42,7 @@ def _in_own_precision(reference: Callable) -> Callable:
 
     @functools.wraps(reference)
     def kernel(*arguments):
-        device = next(argument.device.type for argument in arguments if isinstance(argument, torch.Tensor))
+        device = next(argument.device.type for argument in arguments if isinstance(argument, Tensor))
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return reference(*arguments)
         with torch.autocast(device, enabled=False):
@@ -83,14 +84,14 @@ def call(op: torch._ops.OpOverload, *arguments):
         raise NotImplementedError(f"{op.name()}: forward-mode gradients are not implemented, use reverse mode")
     if torch.is_grad_enabled():
         for argument in arguments:
-            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+            if isinstance(argument, Tensor) and argument.requires_grad:
                 return DIFFERENTIABLE[op].apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
 
 def _has_tangent(argument: object) -> bool:
-    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 def load_native() -> None:
