@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kChunk = 256;          // elements that a thread works on at a time, in the first-level cache
 constexpr int64_t kBlocks = kChunk / 4;  // of four Normals
 constexpr int64_t kChunkGrain = 16;      // chunks worth a thread of their own
+constexpr int64_t kInverted = 1 << 14;   // at most so many standard deviations are inverted before the step
 constexpr int64_t kMaxDims = 64;
 
 typedef Vector<uint64_t> Wide;  // 32-bit words in 64-bit lanes; what the upper halves hold does not matter
@@ -243,7 +244,8 @@ void run(const char* op, const Tensor& z, const Tensor& score, const Tensor& see
       check_dtype(op, "base_mean", *base_mean, type);
       check_dtype(op, "base_std", *base_std, type);
       mean = broadcast(op, "base_mean", *base_mean, z);
-      step.inverted = 4 * base_std->numel() <= step.count;  // then divided once, for all that share it
+      // Few enough to be inverted here by one thread, and shared by many elements.
+      step.inverted = base_std->numel() <= kInverted && 16 * base_std->numel() <= step.count;
       const Tensor dense_std = step.inverted ? as_contiguous(*base_std) : *base_std;
       std = broadcast(op, "base_std", dense_std, z);
       repeat_short_block(mean, mean_storage);

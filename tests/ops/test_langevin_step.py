@@ -109,6 +109,13 @@ def test_every_way_to_broadcast_a_base(shape, dtype, device, make_seed):
         assert torch.equal(got, ops.langevin_step(z, score, make_seed(device), 0.2, *spelled_out)), own
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_std_whose_square_is_zero(rows, device, make_seed):
+    mean = torch.arange(1.0, 9.0, device=device)
+    z, std = mean.repeat(rows, 1), torch.full((8,), 1e-30, device=device)
+    assert torch.equal(ops.langevin_step(z, torch.zeros_like(z), make_seed(device), 0.1, mean, std, 0.0), z)
+
+
 def test_noise_depends_on_the_element_number_alone(device, make_seed):
     """Neither shape nor batch size: the first elements of a larger tensor get the same noise."""
     zero, seed = torch.zeros(10, 7, device=device), make_seed(device)

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import ncpvae.ops
 from ncpvae.ops import _library
@@ -200,8 +201,25 @@ def test_both_ways_to_a_gradient_agree(name):
             (outputs[i] * torch.arange(outputs[i].numel()).view(outputs[i].shape)).sum() for i in differentiable
         )
         found.append((outputs, torch.autograd.grad(value, leaves, allow_unused=True)))
-    assert f"ncpvae_{name}" in found[0][0][differentiable[0]].grad_fn.name()
+    assert found[0][0][differentiable[0]].grad_fn.name() == f"ncpvae_{name}Backward"
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_checkpointing_and_tracing(name):
+    torch.manual_seed(0)
+    leaves = [torch.randn(5, 3).requires_grad_() for _ in range(2)]
+
+    def function(*leaves):
+        arguments, differentiable = DIFFERENTIABLE[name](*leaves)
+        outputs = getattr(ncpvae.ops, name)(*arguments)
+        return outputs[differentiable[-1]] if isinstance(outputs, tuple) else outputs
+
+    kept = torch.autograd.grad(function(*leaves).sum(), leaves, allow_unused=True)
+    computed_again = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=False)
+    found = torch.autograd.grad(computed_again.sum(), leaves, allow_unused=True)
+    torch.testing.assert_close(found, kept, rtol=0, atol=0)
+    assert f"ncpvae::{name}" in str(torch.jit.trace(function, leaves, check_trace=False).graph)  # and can be saved
 
 
 def test_the_plain_kernels_keep_their_precision_under_autocast():

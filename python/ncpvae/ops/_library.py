@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 LIBRARY = torch.library.Library("ncpvae", "DEF")
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -63,9 +64,7 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    DIFFERENTIABLE[op] = type(
-        f"ncpvae_{name}_", (torch.autograd.Function,), methods
-    )  # a result's grad_fn shows the name
+    DIFFERENTIABLE[op] = type(f"ncpvae_{name}", (torch.autograd.Function,), methods)  # grad_fn shows the name
 
 
 def call(op: torch._ops.OpOverload, *arguments):
@@ -73,19 +72,20 @@ def call(op: torch._ops.OpOverload, *arguments):
 
     A gradient registered from Python costs every call 5 μs, as much as a small kernel, and one that is recorded 20:
     where nobody can ask for a gradient none is prepared, and else the same formulas are recorded by a function of
-    autograd's own. Compilers and function transforms get the op as it is.
+    autograd's own. Compilers, tracers and function transforms get the op as it is, and so do tensors with a
+    `__torch_function__` of their own.
 
     Raises:
         NotImplementedError: for forward-mode gradients, which would be lost without a word.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
         return op(*arguments)
     if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
         raise NotImplementedError(f"{op.name()}: forward-mode gradients are not implemented, use reverse mode")
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.requires_grad:
-                return DIFFERENTIABLE[op].apply(*arguments)
+                return (op if has_torch_function(arguments) else DIFFERENTIABLE[op].apply)(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 

@@ -29,11 +29,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     """The step is affine in z, score and mean; the noise does not depend on any of them."""
-    half = 0.5 * ctx.step_size
-    if not ctx.saved_tensors:
+    half, saved = 0.5 * ctx.step_size, ctx.saved_tensors
+    if not saved:
         return grad, half * grad, None, None, None, None, None
-    z, mean, std = ctx.saved_tensors
-    dmean = half * grad / std.square()
+    z, mean, std = saved
+    dmean = half * grad / std / std
     dstd = -2 * (mean - z) / std * dmean
     return grad - dmean, half * grad, None, None, dmean.sum_to_size(mean.shape), dstd.sum_to_size(std.shape), None
 

@@ -217,7 +217,10 @@ def langevin_step(
     dtype = accumulation_dtype(z.dtype)
     position, drift = z.to(dtype), score.to(dtype)
     if base_mean is not None and base_std is not None:
-        drift = drift + (base_mean.to(dtype) - position) / base_std.to(dtype).square()
+        std = base_std.to(dtype)
+        drift = (
+            drift + (base_mean.to(dtype) - position) / std / std
+        )  # and not by std², which underflows before it should
     position = position + 0.5 * step_size * drift
     if temperature > 0:
         position = position + math.sqrt(step_size * temperature) * standard_normal(z.shape, seed, dtype)
