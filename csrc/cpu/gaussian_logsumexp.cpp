@@ -17,8 +17,10 @@ constexpr int64_t kColumnBlock = 256;                // components of a tile of 
 constexpr int64_t kColumnChunk = 16 * kColumnBlock;  // components that one task takes in the forward pass
 constexpr int64_t kSumBlock = 8;                     // squares summed at a stretch: sums of sums round less
 constexpr int64_t kGradColumns = 64;                 // components of a tile in the backward pass
-constexpr int64_t kGradRows = 8 * kRowBlock;         // rows that a task takes there, at least
-constexpr int64_t kGradTasks = 64;                   // about how many tasks there are
+constexpr int64_t kGradBlock = 2 * kRowBlock;        // rows of such a tile
+constexpr int64_t kGradRows = 4 * kGradBlock;        // rows that a task takes there, at least
+constexpr int64_t kGradTasks = 64, kRowGroups = 2;   // about how many tasks there are, at most so many side by side
+constexpr int64_t kMomentValues = 1 << 20;           // of sums that components keep for these
 constexpr int64_t kSlabValues = 1 << 21;             // of partial sums of dz
 // How many rows of log-joints, and how many components' gradients, the registers hold at once.
 constexpr int64_t kJointRows = kVectorBytes == 64 ? 8 : 4, kPulls = kVectorBytes == 64 ? 4 : 2;
@@ -28,6 +30,7 @@ template <typename A>
 struct Components {
   int64_t K, D, padded;  // padded: D rounded up
   Buffer<A> mean_panels, inverse_std_panels, offset, mean_rows, inverse_std_rows;
+  bool ordinary = true;  // with rows: whether every std is within 2^±16, so that its square is harmless
 
   template <typename T>
   Components(const T* mean, const T* log_std, const T* log_weight, int64_t components, int64_t depth, bool with_rows)
@@ -55,6 +58,15 @@ struct Components {
         for (int64_t d = 0; d < D; ++d) inverse_std_panels[at + d * kPadding] = inverse_std_row[d];
       }
     });
+    if (!with_rows) return;
+    for (int64_t k = 0; k < K && ordinary; ++k) {
+      bool outside = false;
+      for (int64_t d = 0; d < D; ++d) {
+        const A s = inverse_std_rows[k * padded + d];
+        outside |= !(s >= A(0x1p-16)) | !(s <= A(0x1p16));
+      }
+      ordinary = !outside;
+    }
   }
 
  private:
@@ -148,16 +160,28 @@ void forward(const T* z, const Components<A>& c, int64_t N, A* lse) {
   for (int64_t i = 0; i < N; ++i) lse[i] = all_max[i] + std::log(all_sum[i]);
 }
 
+template <typename A>
+inline bool has_zero(const A* values, int64_t size) {
+  using Bits = std::conditional_t<sizeof(A) == sizeof(uint32_t), uint32_t, uint64_t>;
+  Bits least = ~Bits{0};
+  for (int64_t i = 0; i < size; ++i) {
+    const Bits magnitude = bits_as<Bits>(values[i]) << 1;
+    least = magnitude < least ? magnitude : least;
+  }
+  return least == 0;
+}
+
 // A tile of responsibilities times the row's gradient.
 template <typename A>
 struct Responsibilities {
-  alignas(64) A value[kRowBlock * kGradColumns];
-  int64_t active[kRowBlock], count;  // the rows where any of them is not zero; the others are not written
-  bool overflow;                     // whether t may be infinite somewhere
+  alignas(64) A value[kGradBlock * kGradColumns];
+  int64_t active[kGradBlock], count;  // the rows where any of them is not zero; the others are not written
+  bool full;                          // whether none of these rows has a zero
+  bool overflow;                      // whether t may be infinite somewhere
 
   // value holds the log-joints. A row without mass has no responsibilities.
   void from_joints(int64_t rows, int64_t columns, const A* lse, const A* grad) {
-    count = 0, overflow = false;
+    count = 0, full = true, overflow = false;
     for (int64_t i = 0; i < rows; ++i) {
       const A origin = lse[i] == -static_cast<A>(INFINITY) ? A(0) : lse[i], factor = grad[i];
       A* row = value + i * kGradColumns;
@@ -165,6 +189,7 @@ struct Responsibilities {
       if (survey.max - origin < kNegligible<A> && !survey.has_nan() && factor - factor == 0) continue;
       for (int64_t j = 0; j < columns; ++j) row[j] = factor * exp_nonpositive(row[j] - origin);
       active[count++] = i;
+      full = full && !has_zero(row, columns);
       overflow |= !survey.finite();
     }
   }
@@ -190,22 +215,27 @@ inline bool all_zero(const A* values) {
 
 // What `components` components from the tile's column `first` on and the rows of the tile give to each other: the rows
 // Σ_k ρ t/std, the components Σ_n ρ t and Σ_n ρ t². Rows where all these ρ are zero are passed over, which with one
-// component is what keeps 0 · ∞ out.
-template <int64_t components, typename A>
+// component is what keeps 0 · ∞ out. kOrdinary: every std is, so that t may be scaled by it after the sums.
+template <bool kOrdinary, int64_t components, typename A>
 inline void exchange(const Responsibilities<A>& rho, int64_t first, const A* z, const A* mean, const A* inverse_std,
                      int64_t stride, A* dz, A* scratch, double* first_moment, double* second_moment) {
   constexpr int64_t lanes = VectorOf<A>::lanes;
-  int64_t active[kRowBlock], count = 0;
-  for (int64_t a = 0; a < rho.count; ++a) {
-    active[count] = rho.active[a];
-    count += !all_zero<components>(rho.value + rho.active[a] * kGradColumns + first);
+  int64_t some[kGradBlock], count = rho.count;
+  const int64_t* active = rho.active;
+  if (!rho.full) {
+    active = some, count = 0;
+    for (int64_t a = 0; a < rho.count; ++a) {
+      some[count] = rho.active[a];
+      count += !all_zero<components>(rho.value + rho.active[a] * kGradColumns + first);
+    }
+    if (count == 0) return;
   }
-  if (count == 0) return;
   for (int64_t d = 0; d < stride; d += lanes) {
-    Vector<A> m[components], s[components], sum[components] = {}, square[components] = {};
+    Vector<A> m[components], factor[components], sum[components] = {}, square[components] = {};
 #pragma GCC unroll 8
     for (int64_t c = 0; c < components; ++c) {
-      m[c] = load(mean + c * stride + d), s[c] = load(inverse_std + c * stride + d);
+      const Vector<A> s = load(inverse_std + c * stride + d);
+      m[c] = load(mean + c * stride + d), factor[c] = kOrdinary ? s * s : s;
     }
     for (int64_t a = 0; a < count; ++a) {
       const A* weight = rho.value + active[a] * kGradColumns + first;
@@ -213,17 +243,18 @@ inline void exchange(const Responsibilities<A>& rho, int64_t first, const A* z, 
       Vector<A> pull = load(dz + active[a] * stride + d);
 #pragma GCC unroll 8
       for (int64_t c = 0; c < components; ++c) {
-        const Vector<A> t = (here - m[c]) * s[c], weighted = weight[c] * t;
+        const Vector<A> t = kOrdinary ? here - m[c] : (here - m[c]) * factor[c], weighted = weight[c] * t;
         sum[c] += weighted;
         square[c] += weighted * t;
-        pull += weighted * s[c];
+        pull += weighted * factor[c];
       }
       store(dz + active[a] * stride + d, pull);
     }
 #pragma GCC unroll 8
     for (int64_t c = 0; c < components; ++c) {
-      store(scratch + c * stride + d, sum[c]);
-      store(scratch + (components + c) * stride + d, square[c]);
+      const Vector<A> s = load(inverse_std + c * stride + d);
+      store(scratch + c * stride + d, kOrdinary ? sum[c] * s : sum[c]);
+      store(scratch + (components + c) * stride + d, kOrdinary ? square[c] * factor[c] : square[c]);
     }
   }
   const int64_t size = components * stride;
@@ -238,15 +269,17 @@ class Backward {
  public:
   Backward(const T* points, const Components<A>& mixture, int64_t rows, const A* row_grad, const A* row_lse)
       : z(points), c(mixture), N(rows), grad(row_grad), lse(row_lse) {
-    columns_per_group = round_up((c.K + kGradTasks - 1) / kGradTasks, kGradColumns);
+    const int64_t fitting_groups = std::max(kMomentValues / (c.K * c.padded), int64_t{1});
+    row_groups = std::min({(N + kGradRows - 1) / kGradRows, kRowGroups, fitting_groups});
+    const int64_t parts = kGradTasks / std::max(row_groups, int64_t{1});
+    columns_per_group = round_up((c.K + parts - 1) / parts, kGradColumns);
     column_groups = (c.K + columns_per_group - 1) / columns_per_group;
-    row_groups = std::min((kGradTasks + column_groups - 1) / column_groups, (N + kGradRows - 1) / kGradRows);
-    const int64_t fitting = kSlabValues / (column_groups * c.padded) / kRowBlock * kRowBlock;
+    const int64_t fitting = kSlabValues / (column_groups * c.padded) / kGradBlock * kGradBlock;
     slab_rows = std::min(N, std::max(fitting, row_groups * kGradRows));
-    rows_per_group = row_groups == 0 ? 0 : round_up((slab_rows + row_groups - 1) / row_groups, kRowBlock);
-    first_moment = zeros<double>(row_groups * c.K * c.padded);
-    second_moment = zeros<double>(row_groups * c.K * c.padded);
-    mass = zeros<double>(row_groups * c.K);
+    rows_per_group = row_groups == 0 ? 0 : round_up((slab_rows + row_groups - 1) / row_groups, kGradBlock);
+    first_moment = uninitialised<double>(row_groups * c.K * c.padded);
+    second_moment = uninitialised<double>(row_groups * c.K * c.padded);
+    mass = uninitialised<double>(row_groups * c.K);
     pull = uninitialised<A>(column_groups * slab_rows * c.padded);
   }
 
@@ -271,21 +304,31 @@ class Backward {
     Responsibilities<A> rho;
 
     explicit Workspace(const Components<A>& c)
-        : columns(uninitialised<A>(kRowBlock * c.D)), rows(zeros<A>(kRowBlock * c.padded)),
-          pull(uninitialised<A>(kRowBlock * c.padded)), sums(uninitialised<A>(2 * kPulls * c.padded)),
-          total(uninitialised<double>(kRowBlock * c.padded)) {}
+        : columns(uninitialised<A>(kGradBlock * c.D)), rows(zeros<A>(kGradBlock * c.padded)),
+          pull(uninitialised<A>(kGradBlock * c.padded)), sums(uninitialised<A>(2 * kPulls * c.padded)),
+          total(uninitialised<double>(kGradBlock * c.padded)) {}
   };
 
   void group(int64_t slab, int64_t row_group, int64_t column_group, Workspace& space) {
     const int64_t start = slab + row_group * rows_per_group;
     const int64_t stop = std::min({start + rows_per_group, slab + slab_rows, N});
-    const int64_t last_column = std::min((column_group + 1) * columns_per_group, c.K);
-    for (int64_t first = start; first < stop; first += kRowBlock) {
-      const int64_t rows = std::min(stop - first, kRowBlock), values = rows * c.padded;
-      copy_transposed<kRowBlock>(z + first * c.D, rows, c.D, space.columns.get());
+    const int64_t first_column = column_group * columns_per_group;
+    const int64_t last_column = std::min(first_column + columns_per_group, c.K);
+    if (slab == 0) {
+      const int64_t component = row_group * c.K + first_column, components = last_column - first_column;
+      std::fill_n(mass.get() + component, components, 0.0);
+      std::fill_n(first_moment.get() + component * c.padded, components * c.padded, 0.0);
+      std::fill_n(second_moment.get() + component * c.padded, components * c.padded, 0.0);
+    }
+    for (int64_t first = start; first < stop; first += kGradBlock) {
+      const int64_t rows = std::min(stop - first, kGradBlock), values = rows * c.padded;
+      for (int64_t i = 0; i < rows; i += kRowBlock) {
+        const int64_t here = std::min(rows - i, kRowBlock);
+        copy_transposed<kRowBlock>(z + (first + i) * c.D, here, c.D, space.columns.get() + i * c.D);
+      }
       copy_rows(z, first, rows, c.D, space.rows.get(), c.padded);
       for (int64_t i = 0; i < values; ++i) space.total[i] = 0;
-      for (int64_t k = column_group * columns_per_group; k < last_column; k += kGradColumns) {
+      for (int64_t k = first_column; k < last_column; k += kGradColumns) {
         tile(row_group, first, rows, k, std::min(last_column - k, kGradColumns), space);
       }
       A* to = pull.get() + (column_group * slab_rows + first - slab) * c.padded;
@@ -295,7 +338,10 @@ class Backward {
 
   void tile(int64_t row_group, int64_t first, int64_t rows, int64_t k, int64_t columns, Workspace& space) {
     Responsibilities<A>& rho = space.rho;
-    joint_tile(space.columns.get(), c, k, rows, columns, rho.value, kGradColumns);
+    for (int64_t i = 0; i < rows; i += kRowBlock) {
+      const int64_t here = std::min(rows - i, kRowBlock);
+      joint_tile(space.columns.get() + i * c.D, c, k, here, columns, rho.value + i * kGradColumns, kGradColumns);
+    }
     rho.from_joints(rows, columns, lse + first, grad + first);
     if (rho.count == 0) return;
     rho.add_to_mass(columns, mass.get() + row_group * c.K + k);
@@ -303,9 +349,9 @@ class Backward {
     int64_t j = 0;
     const auto exchange_with = [&](auto components) {
       const int64_t row = (k + j) * c.padded, moment = (row_group * c.K + k + j) * c.padded;
-      exchange<components>(rho, j, space.rows.get(), c.mean_rows.get() + row, c.inverse_std_rows.get() + row, c.padded,
-                           space.pull.get(), space.sums.get(), first_moment.get() + moment,
-                           second_moment.get() + moment);
+      const auto function = c.ordinary ? exchange<true, components, A> : exchange<false, components, A>;
+      function(rho, j, space.rows.get(), c.mean_rows.get() + row, c.inverse_std_rows.get() + row, c.padded,
+               space.pull.get(), space.sums.get(), first_moment.get() + moment, second_moment.get() + moment);
       j += components;
     };
     while (!rho.overflow && j + kPulls <= columns) exchange_with(std::integral_constant<int64_t, kPulls>{});

@@ -1,54 +1,99 @@
 // CPU kernels of similarity_logsumexp and its backward. Contract: python/ncpvae/ops/similarity_logsumexp.py.
 //
-// Scores are formed in tiles of kRowBlock × kColumnBlock that stay in the cache. Work is cut by shape alone, and
+// Scores are formed in tiles of Products::kRows × kColumns that stay in the cache. Work is cut by shape alone, and
 // partial results are merged in order, so that the number of threads does not show in the result.
 #include <algorithm>
 #include <tuple>
 
 #include "tensor.h"
-#include "panels.h"
+#include "convert.h"
+#include "similarity_products.h"
 
 namespace ncpvae {
 namespace {
 
-constexpr int64_t kColumnBlock = 192;  // columns of a tile of scores: rows × columns fit the first-level cache
-constexpr int64_t kPitch = kColumnBlock + 16;  // length of its rows in memory, in floats an odd number of cache lines
-constexpr int64_t kRowGroups = 64;             // at most this many partial results per column
-constexpr int64_t kTogether = 4;  // blocks of rows that take turns at a tile's columns, which stay in the cache
-constexpr int64_t kPulledColumns = 48;               // columns that one task takes when gradients go to columns
-constexpr int64_t kSlabColumns = 24 * kColumnBlock;  // columns of a slab, and how many scores' gradients it may hold
-constexpr int64_t kSlabValues = 1 << 22;
+constexpr int64_t kSlabTiles = 24;  // in a row of a slab of scores' gradients
 // Within this range below the tile's maximum, exp(score − maximum) is accurate enough to serve rows and columns alike.
 constexpr double kSharedRange = 32;
 
-// Row and column (max, Σ exp(score − max)) of a tile; the inner products are overwritten.
-template <typename A>
-void reduce_tile(A* score, A scale, int64_t rows, int64_t columns, A* row_max, A* row_sum, A* column_max,
-                 A* column_sum) {
-  A max = -static_cast<A>(INFINITY), least = static_cast<A>(INFINITY);
+// Inner products times scale; also the largest and the smallest, NaN passed over.
+template <int64_t kPitch, typename A>
+void scale_tile(A* score, A scale, int64_t rows, int64_t columns, A& max, A& min) {
+  const int64_t whole = columns / kLanes * kLanes;
+  auto most = in_all_lanes(-static_cast<A>(INFINITY)), least = in_all_lanes(static_cast<A>(INFINITY));
+  max = -INFINITY, min = INFINITY;
   for (int64_t i = 0; i < rows; ++i) {
     A* row = score + i * kPitch;
-    for (int64_t j = 0; j < columns; ++j) row[j] *= scale;
-    row_max[i] = lane_max(row, columns);
-    max = std::max(max, row_max[i]);
-    least = std::min(least, row_max[i]);
+    for (int64_t j = 0; j < whole; j += kLanes) {
+#pragma GCC unroll 8
+      for (int64_t p = 0; p < most.parts; ++p) {
+        const Vector<A> value = load(row + j + p * most.width) * scale;
+        store(row + j + p * most.width, value);
+        most.part[p] = Larger()(most.part[p], value), least.part[p] = Smaller()(least.part[p], value);
+      }
+    }
+    for (int64_t j = whole; j < columns; ++j) {
+      row[j] *= scale;
+      max = Larger()(max, row[j]), min = Smaller()(min, row[j]);
+    }
   }
-  for (int64_t j = 0; j < columns; ++j) column_max[j] = -INFINITY, column_sum[j] = 0;
+  max = Larger()(most.max(), max), min = Smaller()(least.min(), min);
+}
+
+// The largest of every row and column; returns the smallest of these.
+template <int64_t kPitch, typename A>
+A find_maxima(const A* score, int64_t rows, int64_t columns, A* row_max, A* column_max) {
+  A least = INFINITY;
+  for (int64_t j = 0; j < columns; ++j) column_max[j] = -INFINITY;
   for (int64_t i = 0; i < rows; ++i) {
     const A* row = score + i * kPitch;
+    row_max[i] = lane_max(row, columns);
+    least = std::min(least, row_max[i]);
     for (int64_t j = 0; j < columns; ++j) column_max[j] = row[j] > column_max[j] ? row[j] : column_max[j];
   }
-  for (int64_t j = 0; j < columns; ++j) least = column_max[j] < least ? column_max[j] : least;
-  if (max < INFINITY && max - least <= static_cast<A>(kSharedRange)) {
-    for (int64_t i = 0; i < rows; ++i) {
-      A* row = score + i * kPitch;
-      row_max[i] = max;
-      row_sum[i] = exponentiate(row, columns, max);
-      for (int64_t j = 0; j < columns; ++j) column_sum[j] += row[j];
+  for (int64_t j = 0; j < columns; ++j) least = std::min(least, column_max[j]);
+  return least;
+}
+
+// Row and column Σ exp(score − max), one exponential serving both.
+template <int64_t kPitch, typename A>
+void sum_tile(const A* score, A max, int64_t rows, int64_t columns, A* row_sum, A* column_sum) {
+  const int64_t whole = columns / kLanes * kLanes;
+  for (int64_t i = 0; i < rows; ++i) {
+    const A* row = score + i * kPitch;
+    Lanes<A> sum = {};
+    for (int64_t j = 0; j < whole; j += kLanes) {
+#pragma GCC unroll 8
+      for (int64_t p = 0; p < sum.parts; ++p) {
+        const int64_t at = j + p * sum.width;
+        const Vector<A> term = exp_nonpositive(load(row + at) - max);
+        sum.part[p] += term;
+        store(column_sum + at, load(column_sum + at) + term);
+      }
     }
-    for (int64_t j = 0; j < columns; ++j) column_max[j] = max;
-    return;
+    row_sum[i] = sum.sum();
+    for (int64_t j = whole; j < columns; ++j) {
+      const A term = exp_nonpositive(row[j] - max);
+      row_sum[i] += term, column_sum[j] += term;
+    }
   }
+}
+
+// Row and column (max, Σ exp(score − max)) of a tile; the inner products are overwritten.
+template <int64_t kPitch, typename A>
+void reduce_tile(A* score, A scale, int64_t rows, int64_t columns, A* row_max, A* row_sum, A* column_max,
+                 A* column_sum) {
+  constexpr A range = static_cast<A>(kSharedRange);
+  A max, min;
+  scale_tile<kPitch>(score, scale, rows, columns, max, min);
+  for (int64_t j = 0; j < columns; ++j) column_sum[j] = 0;
+  if (max < INFINITY && (max - min <= range ||
+                         max - find_maxima<kPitch>(score, rows, columns, row_max, column_max) <= range)) {
+    for (int64_t i = 0; i < rows; ++i) row_max[i] = max;
+    for (int64_t j = 0; j < columns; ++j) column_max[j] = max;
+    return sum_tile<kPitch>(score, max, rows, columns, row_sum, column_sum);
+  }
+  find_maxima<kPitch>(score, rows, columns, row_max, column_max);
   for (int64_t i = 0; i < rows; ++i) {
     A* row = score + i * kPitch;
     for (int64_t j = 0; j < columns; ++j) {
@@ -58,50 +103,31 @@ void reduce_tile(A* score, A scale, int64_t rows, int64_t columns, A* row_max, A
   }
 }
 
-// The columns' vectors for inner products with rows' vectors: x transposed.
-template <typename T, typename A = Accumulate<T>>
-Buffer<A> transposed_panels(const T* x, int64_t K, int64_t D) {
-  Buffer<A> panels = uninitialised<A>(round_up(K, kPanel<A>) * D);
-  pack_transposed_panels(x, K, D, panels.get());
-  return panels;
-}
-
-// Vectors for sums of them.
-template <typename T, typename A = Accumulate<T>>
-Buffer<A> row_panels(const T* vectors, int64_t size, int64_t D) {
-  Buffer<A> panels = uninitialised<A>(round_up(D, kPanel<A>) * size);
-  pack_panels(vectors, size, D, panels.get());
-  return panels;
-}
-
-template <typename T, typename A = Accumulate<T>>
-void forward(const T* z, const T* x, A scale, int64_t N, int64_t K, int64_t D, A* lse_z, A* lse_x) {
-  const auto x_panels = transposed_panels(x, K, D);
-  const int64_t group_rows = round_up((N + kRowGroups - 1) / kRowGroups, kRowBlock);
+template <typename Products, typename A = typename Products::A>
+void forward(const Products& products, A scale, int64_t N, int64_t K, int64_t D, A* lse_z, A* lse_x) {
+  constexpr int64_t block = Products::kRows, together = Products::kTogether * block, tile_columns = Products::kColumns;
+  const int64_t group_rows = round_up((N + Products::kRowGroups - 1) / Products::kRowGroups, block);
   const int64_t groups = N == 0 ? 0 : (N + group_rows - 1) / group_rows;
   const auto max_x = filled<A>((groups + 1) * K, -static_cast<A>(INFINITY)), sum_x = zeros<A>((groups + 1) * K);
-  const int64_t grain = tasks_per_thread(static_cast<double>(std::min(group_rows, N)) * K * D);
+  const int64_t grain = tasks_per_thread(static_cast<double>(std::min(group_rows, N)) * K * D / Products::kSpeed);
 
   torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
-    const auto blocks = uninitialised<A>(kTogether * kRowBlock * D);
-    alignas(64) A score[kRowBlock * kPitch];
-    A max[kTogether * kRowBlock], sum[kTogether * kRowBlock], tile_max[kRowBlock], tile_sum[kRowBlock];
-    A column_max[kColumnBlock], column_sum[kColumnBlock];
+    typename Products::Space space(products);
+    alignas(64) A score[block * Products::kPitch];
+    A max[together], sum[together], tile_max[block], tile_sum[block];
+    A column_max[tile_columns], column_sum[tile_columns];
     for (int64_t group = begin; group < end; ++group) {
       const int64_t stop = std::min((group + 1) * group_rows, N);
-      for (int64_t first = group * group_rows; first < stop; first += kTogether * kRowBlock) {
-        const int64_t last = std::min(first + kTogether * kRowBlock, stop);
-        for (int64_t n = first; n < last; n += kRowBlock) {
-          copy_transposed<kRowBlock>(z + n * D, std::min(last - n, kRowBlock), D, blocks.get() + (n - first) * D);
-        }
+      for (int64_t first = group * group_rows; first < stop; first += together) {
+        const int64_t last = std::min(first + together, stop);
+        products.take_rows(first, last, space);
         for (int64_t i = 0; i < last - first; ++i) max[i] = -INFINITY, sum[i] = 0;
-        for (int64_t j = 0; j < K; j += kColumnBlock) {
-          const int64_t columns = std::min(K - j, kColumnBlock), at = group * K + j;
-          for (int64_t n = first; n < last; n += kRowBlock) {
-            const int64_t rows = std::min(last - n, kRowBlock), i = n - first;
-            product<false, 1, kRowBlock>(blocks.get() + i * D, x_panels.get() + j * D, kPanel<A> * D, D, score, kPitch,
-                                         rows, columns);
-            reduce_tile(score, scale, rows, columns, tile_max, tile_sum, column_max, column_sum);
+        for (int64_t j = 0; j < K; j += tile_columns) {
+          const int64_t columns = std::min(K - j, tile_columns), at = group * K + j;
+          for (int64_t i = 0; i < last - first; i += block) {
+            const int64_t rows = std::min(last - first - i, block);
+            products.scores(space, i, j, rows, columns, score);
+            reduce_tile<Products::kPitch>(score, scale, rows, columns, tile_max, tile_sum, column_max, column_sum);
             merge_logsumexp(max + i, sum + i, tile_max, tile_sum, rows);
             merge_logsumexp(max_x.get() + at, sum_x.get() + at, column_max, column_sum, columns);
           }
@@ -117,92 +143,83 @@ void forward(const T* z, const T* x, A scale, int64_t N, int64_t K, int64_t D, A
   for (int64_t j = 0; j < K; ++j) lse_x[j] = max[j] + std::log(sum[j]);
 }
 
-// One side of the scores: its vectors, and the gradient and value of their logsumexps.
-template <typename T>
+// The gradient and value of one side's logsumexps.
+template <typename A>
 struct Side {
-  const T* vectors;  // [size, D]
   int64_t size;
-  const Accumulate<T>*grad, *lse;
+  const A *grad, *lse;
 };
 
 // Gradient of ⟨grad, lse⟩ over both sides. The scores' gradients are formed once, a slab of rows × columns at a time:
 // by blocks of rows, which takes them to the rows' vectors, and then from memory by blocks of columns.
-template <typename T, typename A = Accumulate<T>>
+template <typename Products, typename A = typename Products::A>
 class Backward {
  public:
-  Backward(const Side<T>& rows, const Side<T>& columns, A factor, int64_t depth)
-      : z(rows), x(columns), scale(factor), D(depth), padded(round_up(depth, kPadding)) {
-    slab_columns = std::min(round_up(x.size, kColumnBlock), kSlabColumns);
-    const int64_t fitting = kSlabValues / slab_columns, slabs = (z.size + fitting - 1) / fitting;
-    slab_rows = slabs == 0 ? 0 : round_up((z.size + slabs - 1) / slabs, kRowBlock);
-    slab = uninitialised<A>(slab_columns / kColumnBlock * slab_rows * kPitch);
-    x_panels = transposed_panels(x.vectors, x.size, D);
-    x_rows = row_panels(x.vectors, x.size, D);
-    z_rows = row_panels(z.vectors, z.size, D);
-    dz = uninitialised<A>(round_up(z.size, kRowBlock) * padded);
-    dx = z.size == 0 ? zeros<A>(x.size * padded) : uninitialised<A>(round_up(x.size, kPulledColumns) * padded);
-    dscale = zeros<double>((z.size + kRowBlock - 1) / kRowBlock);
+  Backward(const Products& made, const Side<A>& rows, const Side<A>& columns, A factor, int64_t depth)
+      : products(made), z(rows), x(columns), scale(factor), D(depth) {
+    slab_columns = std::min(round_up(x.size, tile_columns), kSlabTiles * tile_columns);
+    const int64_t fitting = Products::kSlabValues / slab_columns, slabs = (z.size + fitting - 1) / fitting;
+    slab_rows = slabs == 0 ? 0 : round_up((z.size + slabs - 1) / slabs, block);
+    slab = uninitialised<A>(slab_columns / tile_columns * slab_rows * Products::kPitch);
+    dscale = zeros<double>((z.size + block - 1) / block);
   }
 
   // Returns Σ ∂/∂score · dot, the gradient of the scale.
+  template <typename T>
   double run(T* z_gradient, T* x_gradient) {
     for (int64_t j = 0; j < x.size; j += slab_columns) {
       for (int64_t n = 0; n < z.size; n += slab_rows) {
-        pull_rows(n, std::min(n + slab_rows, z.size), j, std::min(j + slab_columns, x.size));
-        pull_columns(n, std::min(n + slab_rows, z.size), j, std::min(j + slab_columns, x.size));
+        give_rows(n, std::min(n + slab_rows, z.size), j, std::min(j + slab_columns, x.size));
+        give_columns(n, std::min(n + slab_rows, z.size), j, std::min(j + slab_columns, x.size));
       }
     }
-    finish(dz.get(), z.size, z_gradient);
-    finish(dx.get(), x.size, x_gradient);
+    finish(z.size, z_gradient, [this](int64_t n, A*) { return products.row_gradients(n); });
+    finish(x.size, x_gradient, [this](int64_t k, A* space) { return products.column_gradients(k, space); });
     double total = 0;
-    for (int64_t block = 0; block < (z.size + kRowBlock - 1) / kRowBlock; ++block) total += dscale[block];
+    for (int64_t b = 0; b < (z.size + block - 1) / block; ++b) total += dscale[b];
     return total;
   }
 
  private:
+  static constexpr int64_t block = Products::kRows, tile_columns = Products::kColumns;
+
   // A tile's place in the slab whose first row and column these are.
   A* tile(int64_t row, int64_t column) const {
-    return slab.get() + (column / kColumnBlock * slab_rows + row) * kPitch + column % kColumnBlock;
+    return slab.get() + (column / tile_columns * slab_rows + row) * Products::kPitch + column % tile_columns;
   }
 
-  void pull_rows(int64_t first, int64_t last, int64_t first_column, int64_t last_column) {
-    const int64_t blocks = (last - first + kRowBlock - 1) / kRowBlock;
-    const int64_t grain = tasks_per_thread(2.0 * kRowBlock * (last_column - first_column) * D);
+  void give_rows(int64_t first, int64_t last, int64_t first_column, int64_t last_column) {
+    const int64_t blocks = (last - first + block - 1) / block;
+    const int64_t grain = tasks_per_thread(2.0 * block * (last_column - first_column) * D / Products::kSpeed);
     torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-      const auto packed = uninitialised<A>(kTogether * kRowBlock * D);
-      for (int64_t block = begin; block < end; block += kTogether) {
-        const int64_t start = first + block * kRowBlock;
-        const int64_t stop = std::min(first + std::min(block + kTogether, end) * kRowBlock, last);
-        for (int64_t n = start; n < stop; n += kRowBlock) {
-          copy_transposed<kRowBlock>(z.vectors + n * D, std::min(stop - n, kRowBlock), D,
-                                     packed.get() + (n - start) * D);
-        }
-        for (int64_t j = first_column; j < last_column; j += kColumnBlock) {
-          const int64_t columns = std::min(last_column - j, kColumnBlock);
-          for (int64_t n = start; n < stop; n += kRowBlock) {
-            const int64_t rows = std::min(stop - n, kRowBlock);
+      typename Products::Space space(products);
+      for (int64_t b = begin; b < end; b += Products::kTogether) {
+        const int64_t start = first + b * block;
+        const int64_t stop = std::min(first + std::min(b + Products::kTogether, end) * block, last);
+        products.take_rows(start, stop, space);
+        for (int64_t j = first_column; j < last_column; j += tile_columns) {
+          const int64_t columns = std::min(last_column - j, tile_columns);
+          for (int64_t n = start; n < stop; n += block) {
+            const int64_t rows = std::min(stop - n, block);
             A* score = tile(n - first, j - first_column);
-            product<false, 1, kRowBlock>(packed.get() + (n - start) * D, x_panels.get() + j * D, kPanel<A> * D, D,
-                                         score, kPitch, rows, columns);
-            dscale[n / kRowBlock] += score_gradients(score, n, rows, j, columns);
-            const auto pull = j == 0 ? product<false, kPitch, 1, A> : product<true, kPitch, 1, A>;
-            pull(score, x_rows.get() + j * kPanel<A>, kPanel<A> * x.size, columns, dz.get() + n * padded, padded, rows,
-                 D);
+            products.scores(space, n - start, j, rows, columns, score);
+            dscale[n / block] += score_gradients(score, n, rows, j, columns);
+            products.give_rows(space, score, n, j, rows, columns);
           }
         }
       }
     });
   }
 
-  void pull_columns(int64_t first, int64_t last, int64_t first_column, int64_t last_column) {
-    const int64_t tasks = (last_column - first_column + kPulledColumns - 1) / kPulledColumns;
-    const int64_t grain = tasks_per_thread(static_cast<double>(kPulledColumns) * (last - first) * D);
+  void give_columns(int64_t first, int64_t last, int64_t first_column, int64_t last_column) {
+    constexpr int64_t together = Products::kTakenColumns;
+    const int64_t tasks = (last_column - first_column + together - 1) / together;
+    const int64_t grain = tasks_per_thread(static_cast<double>(together) * (last - first) * D / Products::kSpeed);
     torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+      typename Products::Space space(products);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t j = first_column + task * kPulledColumns, columns = std::min(last_column - j, kPulledColumns);
-        const auto pull = first == 0 ? product<false, 1, kPitch, A> : product<true, 1, kPitch, A>;
-        pull(tile(0, j - first_column), z_rows.get() + first * kPanel<A>, kPanel<A> * z.size, last - first,
-             dx.get() + j * padded, padded, columns, D);
+        const int64_t j = first_column + task * together, columns = std::min(last_column - j, together);
+        products.give_columns(space, tile(0, j - first_column), first, j, last - first, columns);
       }
     });
   }
@@ -213,28 +230,25 @@ class Backward {
     const auto [least_column, most_column] = std::minmax_element(x.lse + j, x.lse + j + columns);
     const A most = std::max(*most_row, *most_column), least = std::min(*least_row, *least_column);
     const bool shared = most < INFINITY && most - least <= static_cast<A>(kSharedRange);
-    A score[kColumnBlock], column_weight[kColumnBlock];
+    A score[tile_columns], column_weight[tile_columns];
     if (shared) {
       for (int64_t k = 0; k < columns; ++k) column_weight[k] = x.grad[j + k] * fast_exp(most - x.lse[j + k]);
     }
     double total = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      A* dot = tile + i * kPitch;
+      A* dot = tile + i * Products::kPitch;
       const A grad = z.grad[n + i], lse = z.lse[n + i];
       // Rounded here, in a loop of its own, as it was in the forward pass: a fused multiply and subtract would not
       // cancel against the lse of a row that one score dominates.
       for (int64_t k = 0; k < columns; ++k) score[k] = scale * dot[k];
       if (shared) {
-        const A weight = grad * fast_exp(most - lse);
-        for (int64_t k = 0; k < columns; ++k) score[k] = exp_nonpositive(score[k] - most) * (weight + column_weight[k]);
-      } else {
-        for (int64_t k = 0; k < columns; ++k) {
-          score[k] = grad * exp_nonpositive(score[k] - lse) + x.grad[j + k] * exp_nonpositive(score[k] - x.lse[j + k]);
-        }
+        total += shared_gradients(score, dot, most, grad * fast_exp(most - lse), column_weight, columns);
+        continue;
       }
       for (int64_t k = 0; k < columns; ++k) {
-        const A gradient = score[k];
-        score[k] *= dot[k];
+        const A gradient =
+            grad * exp_nonpositive(score[k] - lse) + x.grad[j + k] * exp_nonpositive(score[k] - x.lse[j + k]);
+        score[k] = gradient * dot[k];
         dot[k] = gradient;
       }
       total += lane_sum(score, columns);
@@ -242,22 +256,86 @@ class Backward {
     return total;
   }
 
-  void finish(const A* sum, int64_t rows, T* gradient) const {
-    torch::stable::parallel_for(0, rows, tasks_per_thread(2.0 * D), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t d = 0; d < D; ++d) gradient[i * D + d] = static_cast<T>(scale * sum[i * padded + d]);
+  // A row of it: dot becomes the gradient exp(score − most) · (weight + column_weight); returns Σ gradient · dot.
+  static A shared_gradients(const A* score, A* dot, A most, A weight, const A* column_weight, int64_t columns) {
+    const int64_t whole = columns / kLanes * kLanes;
+    Lanes<A> sum = {};
+    for (int64_t k = 0; k < whole; k += kLanes) {
+#pragma GCC unroll 8
+      for (int64_t p = 0; p < sum.parts; ++p) {
+        const int64_t at = k + p * sum.width;
+        const Vector<A> gradient = exp_nonpositive(load(score + at) - most) * (load(column_weight + at) + weight);
+        sum.part[p] += gradient * load(dot + at);
+        store(dot + at, gradient);
+      }
+    }
+    A total = sum.sum();
+    for (int64_t k = whole; k < columns; ++k) {
+      const A gradient = exp_nonpositive(score[k] - most) * (weight + column_weight[k]);
+      total += gradient * dot[k];
+      dot[k] = gradient;
+    }
+    return total;
+  }
+
+  // gradient[size, D] = scale times the sums, of which `sums` gives a block at a time, in space of its own or in this
+  template <typename T, typename F>
+  void finish(int64_t size, T* gradient, F&& sums) const {
+    const int64_t blocks = (size + block - 1) / block, length = products.row_length();
+    torch::stable::parallel_for(0, blocks, tasks_per_thread(2.0 * block * D), [&](int64_t begin, int64_t end) {
+      const auto space = uninitialised<A>(block * length);
+      for (int64_t i = begin * block; i < std::min(end * block, size); i += block) {
+        const A* sum = sums(i, space.get());
+        for (int64_t row = i; row < std::min(i + block, size); ++row, sum += length) {
+          for (int64_t d = 0; d < D; ++d) gradient[row * D + d] = static_cast<T>(scale * sum[d]);
+        }
       }
     });
   }
 
-  const Side<T>&z, &x;
+  const Products& products;
+  const Side<A>&z, &x;
   A scale;
-  int64_t D, padded, slab_rows, slab_columns;
-  Buffer<A> slab;                      // tiles, rows of a column of tiles one after the other
-  Buffer<A> x_panels, x_rows, z_rows;  // packed
-  Buffer<A> dz, dx;                    // [size, padded], without the factor `scale`
-  Buffer<double> dscale;               // by block of rows
+  int64_t D, slab_rows, slab_columns;
+  Buffer<A> slab;         // tiles, rows of a column of tiles one after the other
+  Buffer<double> dscale;  // by block of rows
 };
+
+// Whether every number is finite and of ordinary size, so that products on tile registers are as good as any: their
+// pieces cannot overflow, nor meet an infinity with the zeros that its other pieces would be.
+template <typename T>
+bool ordinary(const T* values, int64_t size) {
+  constexpr int64_t stretch = 1024;
+  const uint32_t bound = bits_as<uint32_t>(0x1p40f);
+  for (int64_t start = 0; start < size; start += stretch) {
+    const int64_t count = std::min(size - start, stretch);
+    float space[stretch];
+    const float* here = widened(values + start, count, space);
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t magnitude = bits_as<uint32_t>(here[i]) & 0x7fffffffu;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest > bound) return false;
+  }
+  return true;
+}
+
+// Calls f with the products of z's rows and x's. The choice is by shape and values, so that it is the same in both
+// passes: a score that is alone in its row cancels against its logsumexp only where it is the same to the last bit.
+template <typename T, typename A, typename F>
+void with_products(const T* z, const T* x, A scale, int64_t N, int64_t K, int64_t D, bool gradients, F&& f) {
+#if NCPVAE_TILES
+  if constexpr (std::is_same_v<A, float>) {
+    using Products = TileProducts<T>;
+    if (Products::suit(N, K, D) && ordinary(&scale, 1) && ordinary(z, N * D) && ordinary(x, K * D)) {
+      return f(Products(z, x, N, K, D, gradients));
+    }
+  }
+#endif
+  (void)scale;
+  f(PanelProducts<T>(z, x, N, K, D, gradients));
+}
 
 void check(const char* op, const Tensor& z, const Tensor& x, const Tensor& scale) {
   check_matrix(op, "z", z);
@@ -285,8 +363,10 @@ std::tuple<Tensor, Tensor> similarity_logsumexp(Tensor z, Tensor x, Tensor scale
   dispatch_floating(op, "z", z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    forward(data<T>(dense_z), data<T>(dense_x), static_cast<A>(factor), N, K, D, mutable_data<A>(lse_z),
-            mutable_data<A>(lse_x));
+    const A scaling = static_cast<A>(factor);
+    with_products(data<T>(dense_z), data<T>(dense_x), scaling, N, K, D, false, [&](const auto& products) {
+      forward(products, scaling, N, K, D, mutable_data<A>(lse_z), mutable_data<A>(lse_x));
+    });
   });
   return {lse_z, lse_x};
 }
@@ -312,10 +392,12 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(Tensor grad_z, 
   dispatch_floating(op, "z", z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    const Side<T> rows{data<T>(dense_z), N, data<A>(grad_z), data<A>(lse_z)};
-    const Side<T> columns{data<T>(dense_x), K, data<A>(grad_x), data<A>(lse_x)};
-    Backward<T> backward(rows, columns, static_cast<A>(factor), D);
-    scale_gradient = backward.run(mutable_data<T>(dz), mutable_data<T>(dx));
+    const Side<A> rows{N, data<A>(grad_z), data<A>(lse_z)}, columns{K, data<A>(grad_x), data<A>(lse_x)};
+    const A scaling = static_cast<A>(factor);
+    with_products(data<T>(dense_z), data<T>(dense_x), scaling, N, K, D, true, [&](const auto& products) {
+      Backward<std::decay_t<decltype(products)>> backward(products, rows, columns, scaling, D);
+      scale_gradient = backward.run(mutable_data<T>(dz), mutable_data<T>(dx));
+    });
   });
   dispatch_floating(op, "scale", scale.scalar_type(), [&](auto zero) {
     *mutable_data<decltype(zero)>(dscale) = static_cast<decltype(zero)>(scale_gradient);

@@ -168,6 +168,12 @@ struct VectorOf {
 template <typename T>
 using Vector = typename VectorOf<T>::type;
 
+inline Vector<float> exp_nonpositive(Vector<float> x) {
+  return exp_nonpositive_as<float, Vector<uint32_t>, true>(x);
+}
+inline Vector<double> exp_nonpositive(Vector<double> x) {
+  return exp_nonpositive_as<double, Vector<uint64_t>, true>(x);
+}
 
 // The same within 2 + 1.25 |x| ulp, about what rounding x may have cost, two steps shorter.
 inline Vector<float> rough_exp_nonpositive(Vector<float> x) {
@@ -233,6 +239,14 @@ struct Larger {
   }
 };
 
+// `least`, or `next` where it is smaller; NaN in `next` is passed over
+struct Smaller {
+  template <typename V>
+  V operator()(V least, V next) const {
+    return next < least ? next : least;
+  }
+};
+
 // kLanes partial results in registers
 template <typename T>
 struct Lanes {
@@ -247,7 +261,16 @@ struct Lanes {
   }
   T sum() const { return joined(std::plus<>()); }
   T max() const { return joined(Larger()); }
+  T min() const { return joined(Smaller()); }
 };
+
+template <typename T>
+inline Lanes<T> in_all_lanes(T value) {
+  Lanes<T> lanes;
+#pragma GCC unroll 8
+  for (Vector<T>& part : lanes.part) part = Vector<T>{} + value;
+  return lanes;
+}
 
 // total += sum, lane by lane
 inline void add_as_double(Lanes<double>& total, const Lanes<float>& sum) {

@@ -26,7 +26,7 @@ DIFFERENTIABLE: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
 #: the library file in use for a dispatch key
 LOADED: dict[str, str] = {}
 #: levels of the x86-64 instruction set that the CPU kernels are compiled for, and the ends of the library's name
-CPU_CAPABILITIES = {"baseline": "", "x86-64-v3": "_v3", "x86-64-v4": "_v4"}
+CPU_CAPABILITIES = {"baseline": "", "x86-64-v3": "_v3", "x86-64-v4": "_v4", "x86-64-v4-amx": "_v4_amx"}
 
 
 def define(schema: str, reference: Callable, fake: Callable | None = None) -> None:
@@ -122,8 +122,11 @@ def _cpu_library() -> str:
             stacklevel=2,
         )
         wanted = highest
-    stem = "libncpvae_cpu" + CPU_CAPABILITIES[wanted]
-    return stem if any(PACKAGE.glob(f"{stem}.*")) else "libncpvae_cpu"
+    for level in reversed(levels[: levels.index(wanted) + 1]):  # a compiler may not have known the highest
+        stem = "libncpvae_cpu" + CPU_CAPABILITIES[level]
+        if any(PACKAGE.glob(f"{stem}.*")):
+            return stem
+    return "libncpvae_cpu"
 
 
 def _load(dispatch_key: str, stem: str, warn: bool) -> None:
