@@ -216,6 +216,7 @@ def test_copies_and_products_are_measured(monkeypatch):
 @pytest.mark.parametrize(
     ("library", "name"),
     [
+        ("libncpvae_cpu_v4_amx.so", "x86-64-v4-amx"),
         ("libncpvae_cpu_v4.so", "x86-64-v4"),
         ("libncpvae_cpu_v3.so", "x86-64-v3"),
         ("libncpvae_cpu.so", "baseline"),

@@ -1,6 +1,7 @@
 """What C++ there is besides the CUDA kernels: the headers against known answers, the CPU kernels under sanitizers."""
 
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import compiler
@@ -16,6 +17,7 @@ LEVELS = {
     "x86-64-v3": ["-march=x86-64-v3"],
     "x86-64-v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
+LEVELS["x86-64-v4-amx"] = [*LEVELS["x86-64-v4"], "-mamx-tile", "-mamx-bf16"]
 CAPABILITY = """
 #include <cstdio>
 #include "cpu/capability.h"
@@ -57,6 +59,13 @@ def test_vector_math_keeps_its_bounds_on_every_instruction_set(levels):
     assert len(set(digests.values())) == 1, digests
 
 
+def test_products_on_the_registers_of_the_processor(levels):
+    """As in the test of the header, which has arrays in their place."""
+    if "x86-64-v4-amx" not in levels:
+        pytest.skip("this processor has no AMX")
+    run_program(PROGRAMS / "tiles_test.cpp", "-O3", *CPU_FLAGS, *LEVELS["x86-64-v4-amx"])
+
+
 @pytest.mark.parametrize(
     ("fault", "found"),
     [
@@ -82,11 +91,23 @@ def test_the_sanitizers_are_there(fault, found, tmp_path):
 def test_cpu_kernels_under_sanitizers(level, levels):
     if level not in levels:
         pytest.skip(f"this processor has no {level}")
-    flags = [*compiler.KERNEL_FLAGS, "-O1", *CPU_FLAGS, *LEVELS[level], *compiler.ADDRESS_SANITIZER]
-    sources = sorted((compiler.CSRC / "cpu").glob("*.cpp"))
-    objects = compiler.in_parallel(lambda path: compiler.compile_object(path, flags, [compiler.CSRC]), sources)
-    library = compiler.link_kernels("sanitized-cpu", objects, compiler.ADDRESS_SANITIZER)
+    library = sanitized((compiler.CSRC / "cpu").glob("*.cpp"), LEVELS[level])
     run = emulation.run_tests(
         [library], "tests/ops", "-k", "matches or gradient_error or in_place or edge", flavour="address"
     )
     emulation.assert_passed(run, at_least=200)
+
+
+@pytest.mark.slow
+def test_products_on_tiles_under_sanitizers():
+    """The path for AMX, with arrays in place of its registers: on every processor, and what they load is watched."""
+    library = sanitized([compiler.CSRC / "cpu" / "similarity_logsumexp.cpp"], ["-DNCPVAE_EMULATED_TILES"])
+    run = emulation.run_tests([library], "tests/ops/test_similarity_logsumexp.py", flavour="address")
+    emulation.assert_passed(run, at_least=500)
+
+
+def sanitized(sources: Iterable[Path], flags: list[str]) -> Path:
+    """A library of these kernels that watches its own memory and arithmetic."""
+    flags = [*compiler.KERNEL_FLAGS, "-O1", *CPU_FLAGS, *flags, *compiler.ADDRESS_SANITIZER]
+    objects = compiler.in_parallel(lambda path: compiler.compile_object(path, flags, [compiler.CSRC]), sorted(sources))
+    return compiler.link_kernels("sanitized-cpu", objects, compiler.ADDRESS_SANITIZER)

@@ -107,8 +107,10 @@ struct Broadcast {
   int64_t dims = 0;
   int64_t size[kMaxDims], stride[kMaxDims];
 
+  // The values of `count` elements from `start` on: where they lie, if they do so one after the other, or in `space`.
   template <typename T>
-  void load(int64_t start, int64_t count, Accumulate<T>* out) const {
+  const Accumulate<T>* read(int64_t start, int64_t count, Accumulate<T>* space) const {
+    Accumulate<T>* out = space;
     int64_t at[kMaxDims], offset = 0, rest = start;
     for (int64_t d = dims - 1; d >= 0; --d) {
       at[d] = rest % size[d];
@@ -117,6 +119,9 @@ struct Broadcast {
     }
     const T* values = static_cast<const T*>(data);
     const int64_t last = dims - 1, step = stride[last];
+    if constexpr (std::is_same_v<T, Accumulate<T>>) {
+      if (step == 1 && count <= size[last] - at[last]) return values + offset;
+    }
     while (count > 0) {
       const int64_t run = count < size[last] - at[last] ? count : size[last] - at[last];
       if (step == 1) {
@@ -134,6 +139,7 @@ struct Broadcast {
         ++at[d - 1];
       }
     }
+    return space;
   }
 };
 
@@ -193,7 +199,7 @@ void langevin(const Step& p, const T* z, const T* score, T* out) {
   const A noise_scale = static_cast<A>(std::sqrt(p.step_size * p.temperature));
   const int64_t chunks = (p.count + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks, kChunkGrain, [&](int64_t begin, int64_t end) {
-    alignas(64) A noise[kChunk] = {}, mean[kChunk], inverse[kChunk], drift[kChunk];
+    alignas(64) A noise[kChunk] = {}, mean_space[kChunk], inverse_space[kChunk], drift[kChunk];
     alignas(64) A here_space[kChunk], next_space[kChunk];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t start = chunk * kChunk, size = p.count - start < kChunk ? p.count - start : kChunk;
@@ -201,12 +207,12 @@ void langevin(const Step& p, const T* z, const T* score, T* out) {
       const A* here = widened(z + start, size, here_space);
       const A* slope = widened(score + start, size, drift);
       if (p.mean) {
-        p.mean->load<T>(start, size, mean);
+        const A *mean = p.mean->read<T>(start, size, mean_space), *inverse = inverse_space;
         if (p.inverted) {
-          p.std->load<A>(start, size, inverse);
+          inverse = p.std->read<A>(start, size, inverse_space);
         } else {
-          p.std->load<T>(start, size, inverse);
-          for (int64_t i = 0; i < size; ++i) inverse[i] = A(1) / inverse[i];
+          const A* std = p.std->read<T>(start, size, inverse_space);
+          for (int64_t i = 0; i < size; ++i) inverse_space[i] = A(1) / std[i];
         }
         for (int64_t i = 0; i < size; ++i) drift[i] = langevin::drift_with_base(here[i], slope[i], mean[i], inverse[i]);
         slope = drift;

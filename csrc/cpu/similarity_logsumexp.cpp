@@ -302,29 +302,31 @@ class Backward {
 };
 
 // Whether every number is finite and of ordinary size, so that products on tile registers are as good as any: their
-// pieces cannot overflow, nor meet an infinity with the zeros that its other pieces would be.
+// pieces cannot overflow, nor meet an infinity with the zeros that its other pieces would be, and those that are too
+// small for a normal number, which the registers take for zero, are nothing beside the largest.
 template <typename T>
 bool ordinary(const T* values, int64_t size) {
   constexpr int64_t stretch = 1024;
-  const uint32_t bound = bits_as<uint32_t>(0x1p40f);
+  const uint32_t least = bits_as<uint32_t>(0x1p-60f), most = bits_as<uint32_t>(0x1p40f);
+  uint32_t largest = 0;
   for (int64_t start = 0; start < size; start += stretch) {
     const int64_t count = std::min(size - start, stretch);
     float space[stretch];
     const float* here = widened(values + start, count, space);
-    uint32_t largest = 0;
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t magnitude = bits_as<uint32_t>(here[i]) & 0x7fffffffu;
       largest = magnitude > largest ? magnitude : largest;
     }
-    if (largest > bound) return false;
+    if (largest > most) return false;
   }
-  return true;
+  return largest == 0 || largest >= least;
 }
 
 // Calls f with the products of z's rows and x's. The choice is by shape and values, so that it is the same in both
 // passes: a score that is alone in its row cancels against its logsumexp only where it is the same to the last bit.
 template <typename T, typename A, typename F>
-void with_products(const T* z, const T* x, A scale, int64_t N, int64_t K, int64_t D, bool gradients, F&& f) {
+void with_products(const T* z, const T* x, [[maybe_unused]] A scale, int64_t N, int64_t K, int64_t D, bool gradients,
+                   F&& f) {
 #if NCPVAE_TILES
   if constexpr (std::is_same_v<A, float>) {
     using Products = TileProducts<T>;
@@ -333,7 +335,6 @@ void with_products(const T* z, const T* x, A scale, int64_t N, int64_t K, int64_
     }
   }
 #endif
-  (void)scale;
   f(PanelProducts<T>(z, x, N, K, D, gradients));
 }
 

@@ -17,10 +17,9 @@
 #include "tensor.h"
 #include "vector_math.h"
 
-// Without AMX the registers can be arrays, slow and visible to sanitizers: tests/test_native.py asks for that.
-#if defined(__AMX_BF16__)
-#define NCPVAE_TILES 1
-#elif defined(NCPVAE_EMULATED_TILES)
+// Without AMX the registers can be arrays, slow and visible to sanitizers: tests/test_native.py asks for that. GCC has
+// the shuffles since version 12.
+#if (defined(__AMX_BF16__) || defined(NCPVAE_EMULATED_TILES)) && __has_builtin(__builtin_shufflevector)
 #define NCPVAE_TILES 1
 #else
 #define NCPVAE_TILES 0
@@ -28,8 +27,6 @@
 
 namespace ncpvae {
 namespace {
-
-constexpr bool kHasTiles = NCPVAE_TILES;
 
 constexpr int64_t kSquare = 32, kHalf = 16;         // numbers, and words of two, along a square's side
 constexpr int64_t kTileWords = kHalf * kHalf;       // of a register

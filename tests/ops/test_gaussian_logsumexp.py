@@ -40,6 +40,13 @@ def double(*values):
     return [v.detach().double().cpu() for v in values]
 
 
+def gradients(op, inputs, cotangent):
+    """Of ⟨cotangent, op⟩ in every input."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = op(*inputs)
+    return torch.autograd.grad(out, inputs, cotangent.to(out.dtype).to(out.device))
+
+
 # --- against torch.distributions ----------------------------------------------------------------------------
 
 
@@ -350,16 +357,29 @@ def test_gradient_error_is_bounded_by_eager(shape, dtype, device, assert_accurat
     inputs = tensors(*shape, dtype, device)
     cotangent = torch.randn(shape[0], dtype=torch.float64)
 
-    def gradients(op, inputs):
-        inputs = [t.detach().requires_grad_() for t in inputs]
-        out = op(*inputs)
-        return torch.autograd.grad(out, inputs, cotangent.to(out.dtype).to(out.device))
-
-    got, eager = gradients(ops.gaussian_logsumexp, inputs), gradients(dense, inputs)
-    truth = gradients(dense, double(*inputs))
+    got, eager = gradients(ops.gaussian_logsumexp, inputs, cotangent), gradients(dense, inputs, cotangent)
+    truth = gradients(dense, double(*inputs), cotangent)
     for one, two, three in zip(got, eager, truth, strict=True):
         assert one.dtype == dtype
         assert_accurate(one, two, three, dtype, units=8)
+
+
+@pytest.mark.parametrize("odd", [None, 1e-25, 1e-6, 1e6, 1e25])
+def test_gradients_at_any_std(odd, device):
+    """Also where a variance, or its inverse, is beyond float32, in one dimension among ordinary ones."""
+    torch.manual_seed(4)
+    mean, log_std = torch.randn(60, 9, dtype=torch.float64), 0.2 * torch.randn(60, 9, dtype=torch.float64)
+    if odd is not None:
+        log_std[:, 4] += math.log(odd)
+        mean[:, 4] = 0.0
+    z = mean[:55] + log_std[:55].exp() * torch.randn(55, 9, dtype=torch.float64)
+    inputs = [t.float().to(device) for t in (z, mean, log_std)]
+    cotangent = torch.randn(55, dtype=torch.float64)
+    got = gradients(ops.gaussian_logsumexp, inputs, cotangent)
+    truth = gradients(dense, double(*inputs), cotangent)
+    for one, exact in zip(got, truth, strict=True):
+        largest = exact.abs().amax(0)  # a dimension's gradients have its own scale
+        assert ((one.double().cpu() - exact).abs() <= 1e-5 * largest).all()
 
 
 @pytest.mark.parametrize("wanted", range(4))

@@ -1,9 +1,11 @@
 """The torch library: every op is there, and what cannot be loaded costs speed and one warning, nothing else."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -55,7 +57,7 @@ def test_native_kernels_are_loaded_where_they_are_promised():
     assert "CPU" not in _library.NATIVE_UNAVAILABLE, _library.NATIVE_UNAVAILABLE["CPU"]
 
 
-@pytest.mark.parametrize("level", ["baseline", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("level", _library.CPU_CAPABILITIES)
 def test_every_instruction_set_makes_the_same_draws(level):
     """Indices and noise of each build of the CPU kernels that can run here are those of the reference."""
     if "CPU" in _library.NATIVE_UNAVAILABLE:
@@ -110,6 +112,19 @@ def test_a_library_that_was_not_built_is_one_warning(load):
     assert [w.category for w in caught] == [RuntimeWarning]
     assert "libncpvae_cpu was not built" in str(caught[0].message) and "plain torch" in str(caught[0].message)
     assert "was not built" in unavailable["CPU"] and "CUDA" in unavailable
+
+
+def test_a_level_that_no_library_was_built_for_takes_the_next_lower(tmp_path, monkeypatch):
+    """A compiler may not have known the highest."""
+    monkeypatch.setattr(_library, "PACKAGE", tmp_path)
+    monkeypatch.delenv("NCPVAE_CPU_CAPABILITY", raising=False)
+    processor = types.SimpleNamespace(cpu_capability=lambda: list(_library.CPU_CAPABILITIES)[-1])
+    monkeypatch.setattr(importlib, "import_module", lambda name: processor)
+    found = [_library._cpu_library()]
+    for end in _library.CPU_CAPABILITIES.values():
+        (tmp_path / f"libncpvae_cpu{end}.so").touch()
+        found.append(_library._cpu_library())
+    assert found == ["libncpvae_cpu", *(f"libncpvae_cpu{end}" for end in _library.CPU_CAPABILITIES.values())]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + 100 * b"\0"], ids=["empty", "text", "torn"])

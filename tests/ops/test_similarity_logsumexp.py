@@ -13,6 +13,7 @@ from ncpvae.ops import reference
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(1, 1, 1), (5, 3, 1), (4, 1, 7), (1, 9, 16), (33, 65, 17), (130, 257, 64)]
+LARGE = (40, 35, 50)  # as much as matrix registers are worth it for, where a processor has them
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
@@ -98,7 +99,7 @@ def test_info_nce_of_matched_pairs_is_torchs_cross_entropy(device):
 
 # --- around the tiles that kernels cut the scores into ---------------------------------------------------------
 
-EDGES = [(127, 129, 7), (128, 128, 8), (129, 1, 17), (1, 127, 1), (2, 130, 130), (5, 6, 520)]
+EDGES = [(127, 129, 7), (128, 128, 8), (129, 1, 17), (1, 127, 1), (2, 130, 130), (5, 6, 520), (33, 129, 65)]
 
 
 def values_and_gradients(op, inputs, cotangents):
@@ -134,9 +135,10 @@ def test_edges_of_tiles(shape, dtype, device, assert_accurate):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e3])
-def test_small_and_large_scores_in_one_tile(scale, dtype, device, assert_accurate):
+@pytest.mark.parametrize("D", [9, 60])
+def test_small_and_large_scores_in_one_tile(D, scale, dtype, device, assert_accurate):
     """No common origin serves all rows: exp of one row's scores is out of range where another's is 1."""
-    z, x = tensors(70, 60, 9, torch.float64, "cpu")
+    z, x = tensors(70, 60, D, torch.float64, "cpu")
     z, x = z * torch.logspace(-3, 1, 70, dtype=z.dtype)[:, None], x * torch.logspace(1, -2, 60, dtype=x.dtype)[:, None]
     inputs = [z.to(dtype).to(device), x.to(dtype).to(device), torch.tensor(scale, device=device)]
     cotangents = torch.randn(70, dtype=torch.float64), torch.randn(60, dtype=torch.float64)
@@ -170,6 +172,16 @@ def test_a_score_alone_in_its_row_takes_the_whole_gradient(dtype, device):
         alone = ops.similarity_logsumexp(*inputs, 1.0)[int(flipped)]
         (got,) = torch.autograd.grad(alone, inputs[int(flipped)], grad)
         torch.testing.assert_close(got, (grad[:, None] * x).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_scores_that_dominate_take_the_whole_gradient(dtype, device):
+    """The same among others: every row has one score that leaves the others nothing."""
+    x = 3 * torch.randn(40, 64, device=device).to(dtype)
+    z = (30 * x).requires_grad_()
+    grad = torch.linspace(-1, 1, 40, device=device)
+    (got,) = torch.autograd.grad(ops.similarity_logsumexp(z, x, 1.0)[0], z, grad)
+    torch.testing.assert_close(got, (grad[:, None] * x).to(dtype))
 
 
 def test_gradients_below_the_range_of_float16_count(device):
@@ -237,28 +249,31 @@ def test_ties_count_each(device):
     ],
     ids=str,
 )
-def test_scores_far_beyond_exp_are_no_trouble(dtype, size, device):
+@pytest.mark.parametrize("shape", [(9, 11, 4), LARGE], ids=str)
+def test_scores_far_beyond_exp_are_no_trouble(shape, dtype, size, device):
     """The maximum comes from the data and not from an assumption that rows are normalised."""
-    z, x = (size * torch.sign(t) for t in tensors(9, 11, 4, dtype, device))
+    z, x = (size * torch.sign(t) for t in tensors(*shape, dtype, device))
     for got, truth in zip(ops.similarity_logsumexp(z, x, 1.0), dense(*double(z, x), 1.0), strict=True):
         torch.testing.assert_close(got.double().cpu(), truth, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_bad_rows_reach_only_what_they_belong_to(bad, device):
-    z, x = tensors(6, 5, 3, torch.float32, device)
+@pytest.mark.parametrize("shape", [(6, 5, 3), LARGE], ids=str)
+def test_bad_rows_reach_only_what_they_belong_to(shape, bad, device):
+    z, x = tensors(*shape, torch.float32, device)
     expected = ops.similarity_logsumexp(z, x, 1.0)[0]
     z[2, 1] = bad
     lse_z, lse_x = ops.similarity_logsumexp(z, x, 1.0)
-    keep = [0, 1, 3, 4, 5]
+    keep = torch.arange(shape[0], device=device) != 2
     torch.testing.assert_close(lse_z[keep], expected[keep], rtol=1e-6, atol=1e-6)
     for got, truth in zip((lse_z, lse_x), dense(*double(z, x), 1.0), strict=True):
         torch.testing.assert_close(got.double().cpu(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_the_largest_floats(device):
+@pytest.mark.parametrize("shape", [(6, 5, 3), LARGE], ids=str)
+def test_the_largest_floats(shape, device):
     """They round to infinity in a format with fewer digits."""
-    z, x = tensors(6, 5, 3, torch.float32, device)
+    z, x = tensors(*shape, torch.float32, device)
     x /= 10
     z[2, 1] = torch.finfo(torch.float32).max
     for got, truth in zip(ops.similarity_logsumexp(z, x, 1.0), dense(*double(z, x), 1.0), strict=True):
@@ -268,13 +283,14 @@ def test_the_largest_floats(device):
 # --- threads, gradients, torch.library, torch.compile -------------------------------------------------------
 
 
-def test_threads_change_nothing():
+@pytest.mark.parametrize("D", [37, 70])
+def test_threads_change_nothing(D):
     """Only the package's own kernel promises this: plain torch leaves its matrix products to a BLAS library."""
     from ncpvae.ops import _library
 
     if "CPU" in _library.NATIVE_UNAVAILABLE:
         pytest.skip("native CPU kernels are not in use")
-    (z, x), scale, results = tensors(517, 391, 37, torch.float32, "cpu"), torch.tensor(1.5), []
+    (z, x), scale, results = tensors(517, 391, D, torch.float32, "cpu"), torch.tensor(1.5), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         lse = ops.similarity_logsumexp(z, x, scale)
@@ -310,7 +326,9 @@ def test_gradient_error_is_bounded_by_eager(scale, shape, dtype, device, assert_
 BLOCK_EDGES = [
     *((n, k, 3) for n in (3, 4, 5, 11, 12, 13, 23, 24, 25, 97) for k in (7, 15, 16, 17, 31, 33, 47, 48, 49, 191, 193)),
     *((30, 50, d) for d in (1, 7, 15, 16, 17, 31, 32, 33, 127, 128, 129, 257)),
-    *((3, 4700, 2), (1000, 4700, 2)),
+    *((n, k, 50) for n in (31, 32, 33, 65, 520) for k in (31, 32, 33, 127, 128, 129, 257)),
+    *((97, 131, d) for d in (47, 48, 49, 63, 64, 65, 159, 161, 300)),
+    *((3, 4700, 2), (1000, 4700, 2), (1100, 3300, 48)),
 ]
 
 
@@ -327,9 +345,10 @@ def test_edges_of_the_blocks(shape, dtype, device, assert_accurate):
 
 
 @pytest.mark.parametrize("far", [0, 60], ids=["first_tile", "last_tile"])
-def test_scores_of_very_different_size_in_one_call(far, device, assert_accurate):
+@pytest.mark.parametrize("D", [9, 70])
+def test_scores_of_very_different_size_in_one_call(D, far, device, assert_accurate):
     """Rows a thousand times as long as the others: no common maximum serves their tile."""
-    z, x = tensors(70, 230, 9, torch.float32, device)
+    z, x = tensors(70, 230, D, torch.float32, device)
     z[far : far + 3] *= 1000
     inputs, cotangents = [z, x, torch.tensor(1.5, device=device)], (torch.rand(70), torch.rand(230))
     got = values_and_gradients(ops.similarity_logsumexp, inputs, cotangents)

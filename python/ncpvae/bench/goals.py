@@ -56,7 +56,8 @@ TINY: dict[str, dict[str, Any]] = {
     "gaussian_logsumexp": {"N": 2, "K": 2, "D": 2},
 }
 OVERHEAD = [Goal("time of a tiny call", 10, op, shape, unit="µs") for op, shape in TINY.items()]
-SHARE = {"x86-64-v4": 1.0, "x86-64-v3": 0.5}  # of the ratios wanted with AVX-512, for each instruction set
+# of the ratios wanted with AVX-512, for each instruction set
+SHARE = {"x86-64-v4-amx": 1.0, "x86-64-v4": 1.0, "x86-64-v3": 0.5}
 
 
 @dataclass(frozen=True)
