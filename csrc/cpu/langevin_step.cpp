@@ -1,6 +1,7 @@
 // CPU kernels of langevin_step and langevin_step_. Contract: python/ncpvae/ops/langevin_step.py.
 #include "langevin_step.h"
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -168,16 +169,19 @@ Broadcast broadcast(const char* op, const char* name, const Tensor& tensor, cons
   return view;
 }
 
-// A block repeated many times in a row, written out to at least one chunk: a short one, such as the mean of a
-// two-dimensional latent, would otherwise be copied two values at a time.
+// A block repeated in a row, written out to a few chunks: a short one, such as the mean of a two-dimensional latent,
+// would otherwise be read two values at a time.
 template <typename T>
 void repeat_short_block(Broadcast& view, std::vector<T>& storage) {
-  if (view.dims != 2 || view.stride[0] != 0 || view.size[1] >= kChunk || view.size[0] < 4 * kChunk) return;
-  const int64_t period = view.size[1], total = view.size[0] * period;
-  const int64_t written = (4 * kChunk + period - 1) / period * period;
+  const int64_t period = view.size[view.dims - 1], total = view.size[0] * period;
+  if (view.dims != 2 || view.stride[0] != 0 || period >= kChunk || total == 0) return;
+  const int64_t written = std::min(total, (4 * kChunk + period - 1) / period * period);
   storage.resize(written);
   const T* values = static_cast<const T*>(view.data);
-  for (int64_t i = 0; i < written; ++i) storage[i] = values[i % period * view.stride[1]];
+  for (int64_t i = 0; i < period; ++i) storage[i] = values[i * view.stride[1]];
+  for (int64_t i = period; i < written; i *= 2) {
+    std::copy_n(storage.begin(), std::min(i, written - i), storage.begin() + i);
+  }
   view.data = storage.data();
   view.size[0] = (total + written - 1) / written;
   view.size[1] = written;

@@ -52,8 +52,8 @@ def _in_own_precision(reference: Callable) -> Callable:
     return kernel
 
 
-def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Register the gradient of the op `name`."""
+def autograd(name: str, backward: Callable, setup_context: Callable) -> torch._ops.OpOverload:
+    """Register the gradient of the op `name`, which is returned."""
     torch.library.register_autograd(f"ncpvae::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     op = getattr(torch.ops.ncpvae, name).default
 
@@ -65,6 +65,7 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     DIFFERENTIABLE[op] = type(f"ncpvae_{name}", (torch.autograd.Function,), methods)  # grad_fn shows the name
+    return op
 
 
 def call(op: torch._ops.OpOverload, *arguments):
@@ -82,10 +83,8 @@ def call(op: torch._ops.OpOverload, *arguments):
         return op(*arguments)
     if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
         raise NotImplementedError(f"{op.name()}: forward-mode gradients are not implemented, use reverse mode")
-    if torch.is_grad_enabled():
-        for argument in arguments:
-            if isinstance(argument, Tensor) and argument.requires_grad:
-                return (op if has_torch_function(arguments) else DIFFERENTIABLE[op].apply)(*arguments)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return (op if has_torch_function(arguments) else DIFFERENTIABLE[op].apply)(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 

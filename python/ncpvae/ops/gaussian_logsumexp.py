@@ -40,7 +40,7 @@ def _backward(ctx, grad):
     return *grads, dlog_weight if ctx.has_weight else None
 
 
-_library.autograd("gaussian_logsumexp", _backward, _setup_context)
+_OP = _library.autograd("gaussian_logsumexp", _backward, _setup_context)
 
 
 def gaussian_logsumexp(z: Tensor, mean: Tensor, log_std: Tensor, log_weight: Tensor | None = None) -> Tensor:
@@ -70,4 +70,4 @@ def gaussian_logsumexp(z: Tensor, mean: Tensor, log_std: Tensor, log_weight: Ten
     if log_weight is not None:
         _check.like(op, "log_weight", log_weight, "z", z)
         _check.shape(op, "log_weight", log_weight, (mean.shape[0],), "[K]")
-    return _library.call(torch.ops.ncpvae.gaussian_logsumexp.default, z, mean, log_std, log_weight)
+    return _library.call(_OP, z, mean, log_std, log_weight)

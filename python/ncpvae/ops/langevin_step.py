@@ -38,7 +38,7 @@ def _backward(ctx, grad):
     return grad - dmean, half * grad, None, None, dmean.sum_to_size(mean.shape), dstd.sum_to_size(std.shape), None
 
 
-_library.autograd("langevin_step", _backward, _setup_context)
+_OP = _library.autograd("langevin_step", _backward, _setup_context)
 
 
 def _check_arguments(op, z, score, seed, step_size, base_mean, base_std, temperature) -> None:
@@ -51,11 +51,15 @@ def _check_arguments(op, z, score, seed, step_size, base_mean, base_std, tempera
     _check.number(op, "temperature", temperature, 0.0)
     if (base_mean is None) != (base_std is None):
         raise ValueError(f"{op}: base_mean and base_std must be given together, got only one of them")
+    fits = None
     for name, value in (("base_mean", base_mean), ("base_std", base_std)):
         if value is None:
             continue
         _check.like(op, name, value, "z", z)
         have = value.shape
+        if have == fits:
+            continue
+        fits = have
         trailing = shape[-len(have) :] if have else have
         if have == trailing:
             continue
@@ -88,9 +92,7 @@ def langevin_step(
     Source: NCP-VAE, section 3.3, with E(z) = −log r(z) − log p(z).
     """
     _check_arguments("langevin_step", z, score, seed, step_size, base_mean, base_std, temperature)
-    return _library.call(
-        torch.ops.ncpvae.langevin_step.default, z, score, seed, step_size, base_mean, base_std, temperature
-    )
+    return _library.call(_OP, z, score, seed, step_size, base_mean, base_std, temperature)
 
 
 def langevin_step_(

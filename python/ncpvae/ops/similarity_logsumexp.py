@@ -31,7 +31,7 @@ def _backward(ctx, grad_z, grad_x):
     return formula(grad_z, grad_x, *ctx.saved_tensors)
 
 
-_library.autograd("similarity_logsumexp", _backward, _setup_context)
+_OP = _library.autograd("similarity_logsumexp", _backward, _setup_context)
 
 
 def similarity_logsumexp(z: Tensor, x: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -62,4 +62,4 @@ def similarity_logsumexp(z: Tensor, x: Tensor, scale: Tensor | float) -> tuple[T
         scale = torch.tensor(float(scale), dtype=reference.accumulation_dtype(z.dtype), device=z.device)
     _check.floating(op, "scale", scale, dims=0)
     _check.same_device(op, "scale", scale, "z", z)
-    return _library.call(torch.ops.ncpvae.similarity_logsumexp.default, z, x, scale)
+    return _library.call(_OP, z, x, scale)

@@ -49,7 +49,7 @@ def _backward(ctx, _grad_index, grad_log_mean, grad_ess):
     return grad.to(log_weights.dtype), None, None
 
 
-_library.autograd("sir_resample", _backward, _setup_context)
+_OP = _library.autograd("sir_resample", _backward, _setup_context)
 
 
 def _check_weights(op: str, log_weights: Tensor, seed: Tensor) -> None:
@@ -82,7 +82,7 @@ def sir_resample(log_weights: Tensor, seed: Tensor, num_samples: int = 1) -> tup
     """
     _check_weights("sir_resample", log_weights, seed)
     _check.count("sir_resample", "num_samples", num_samples)
-    return _library.call(torch.ops.ncpvae.sir_resample.default, log_weights, seed, num_samples)
+    return _library.call(_OP, log_weights, seed, num_samples)
 
 
 class SIRState(NamedTuple):
