@@ -25,11 +25,15 @@ constexpr int64_t kSlabValues = 1 << 21;             // of partial sums of dz
 // How many rows of log-joints, and how many components' gradients, the registers hold at once.
 constexpr int64_t kJointRows = kVectorBytes == 64 ? 8 : 4, kPulls = kVectorBytes == 64 ? 4 : 2;
 
-// The mixture, packed: panels for forming log-joints and, where gradients are wanted, padded rows.
+// The mixture, packed: panels for forming log-joints and, where gradients are wanted, padded rows. A panel whose means
+// all lie within kNear standard deviations of zero holds mean/std in place of the mean: t is a step shorter from these,
+// and their rounding is no more than other steps'.
 template <typename A>
 struct Components {
+  static constexpr A kNear = 6;
   int64_t K, D, padded;  // padded: D rounded up
   Buffer<A> mean_panels, inverse_std_panels, offset, mean_rows, inverse_std_rows;
+  Buffer<bool> near;     // of panels
   bool ordinary = true;  // with rows: whether every std is within 2^±16, so that its square is harmless
 
   template <typename T>
@@ -39,6 +43,7 @@ struct Components {
     mean_panels = uninitialised<A>(panels * kPadding * D);
     inverse_std_panels = uninitialised<A>(panels * kPadding * D);
     offset = uninitialised<A>(panels * kPadding);
+    near = uninitialised<bool>(panels);
     if (with_rows) mean_rows = uninitialised<A>(K * padded), inverse_std_rows = uninitialised<A>(K * padded);
     torch::stable::parallel_for(0, panels, tasks_per_thread(16.0 * kPadding * D), [&](int64_t begin, int64_t end) {
       const auto row = zeros<A>(2 * padded);
@@ -57,6 +62,7 @@ struct Components {
         for (int64_t d = 0; d < D; ++d) mean_panels[at + d * kPadding] = mean_row[d];
         for (int64_t d = 0; d < D; ++d) inverse_std_panels[at + d * kPadding] = inverse_std_row[d];
       }
+      for (int64_t panel = begin; panel < end; ++panel) near[panel] = scale_if_near(panel * kPadding * D);
     });
     if (!with_rows) return;
     for (int64_t k = 0; k < K && ordinary; ++k) {
@@ -80,10 +86,21 @@ struct Components {
     for (int64_t d = 0; d < D; ++d) inverse_std_row[d] = fast_exp(inverse_std_row[d]);
     return log_constant;
   }
+
+  // Whether the panel from this place on is near zero; then its means are divided by std.
+  bool scale_if_near(int64_t at) {
+    bool far = false;
+    for (int64_t i = at; i < at + kPadding * D; ++i) {
+      far |= !(std::abs(mean_panels[i] * inverse_std_panels[i]) <= kNear);
+    }
+    if (far) return false;
+    for (int64_t i = at; i < at + kPadding * D; ++i) mean_panels[i] *= inverse_std_panels[i];
+    return true;
+  }
 };
 
-// out[rows, lanes] = offset − ½ Σ_d ((z − mean)/std)², z[D, kRowBlock] column by column
-template <int64_t rows, typename A>
+// out[rows, lanes] = offset − ½ Σ_d ((z − mean)/std)², z[D, kRowBlock] column by column; near: `mean` is mean/std
+template <int64_t rows, bool near, typename A>
 inline void joint_block(const A* z, const A* mean, const A* inverse_std, int64_t D, Vector<A> offset, A* out,
                         int64_t out_stride) {
   Vector<A> sum[rows] = {};
@@ -94,7 +111,8 @@ inline void joint_block(const A* z, const A* mean, const A* inverse_std, int64_t
       const Vector<A> m = load(mean + d * kPadding), s = load(inverse_std + d * kPadding);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < rows; ++i) {
-        const Vector<A> t = (m - z[d * kRowBlock + i]) * s;
+        const A here = z[d * kRowBlock + i];
+        const Vector<A> t = near ? m - here * s : (m - here) * s;
         part[i] += t * t;
       }
     }
@@ -115,13 +133,14 @@ void joint_tile(const A* z, const Components<A>& c, int64_t first, int64_t rows,
     const int64_t k = first + column, at = k / kPadding * kPadding * c.D + k % kPadding;
     const A *mean = c.mean_panels.get() + at, *inverse_std = c.inverse_std_panels.get() + at;
     const Vector<A> offset = load(c.offset.get() + k);
+    const bool near = c.near[k / kPadding];
+    const auto joint = near ? joint_block<kJointRows, true, A> : joint_block<kJointRows, false, A>;
+    const auto rest = near ? joint_block<4, true, A> : joint_block<4, false, A>;
     int64_t i = 0;
     for (; i + kJointRows <= rows; i += kJointRows) {
-      joint_block<kJointRows>(z + i, mean, inverse_std, c.D, offset, out + i * out_stride + column, out_stride);
+      joint(z + i, mean, inverse_std, c.D, offset, out + i * out_stride + column, out_stride);
     }
-    for (; i < rows; i += 4) {
-      joint_block<4>(z + i, mean, inverse_std, c.D, offset, out + i * out_stride + column, out_stride);
-    }
+    for (; i < rows; i += 4) rest(z + i, mean, inverse_std, c.D, offset, out + i * out_stride + column, out_stride);
   }
 }
 
@@ -143,11 +162,14 @@ void forward(const T* z, const Components<A>& c, int64_t N, A* lse) {
       for (int64_t k = chunk * kColumnChunk; k < last; k += kColumnBlock) {
         const int64_t columns = std::min(last - k, kColumnBlock);
         joint_tile(block.get(), c, k, rows, columns, joint, kColumnBlock);
-        for (int64_t i = 0; i < rows; ++i) {
+        bool negligible[kRowBlock];
+        for (int64_t i = 0; i < rows; ++i) {  // of all rows first: one does not have to wait for another's
           const Survey<A> row(joint + i * kColumnBlock, columns);
-          const bool negligible = row.max - max_here[i] < kNegligible<A> && !row.has_nan();
           tile_max[i] = row.max;
-          tile_sum[i] = negligible ? A(0) : exponentiate(joint + i * kColumnBlock, columns, row.max);
+          negligible[i] = row.max - max_here[i] < kNegligible<A> && !row.has_nan();
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          tile_sum[i] = negligible[i] ? A(0) : sum_of_exponentials(joint + i * kColumnBlock, columns, tile_max[i]);
         }
         merge_logsumexp(max_here, sum_here, tile_max, tile_sum, rows);
       }

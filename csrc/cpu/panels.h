@@ -187,15 +187,26 @@ inline void merge_logsumexp(A* max, A* sum, const A* other_max, const A* other_s
   }
 }
 
-// values becomes exp(value − max), with 1 where they are equal; returns the sum
+// Σ exp(value − max), with 1 where they are equal
 template <typename A>
-inline A exponentiate(A* values, int64_t size, A max) {
+inline A sum_of_exponentials(const A* values, int64_t size, A max) {
+  const int64_t whole = size / kLanes * kLanes;
+  Lanes<A> lanes = {};
+  A rest[kLanes] = {};
   if (max > -INFINITY && max < INFINITY) {
-    for (int64_t i = 0; i < size; ++i) values[i] = exp_nonpositive(values[i] - max);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+#pragma GCC unroll 8
+      for (int64_t p = 0; p < lanes.parts; ++p) {
+        lanes.part[p] += exp_nonpositive(load(values + i + p * lanes.width) - max);
+      }
+    }
+    for (int64_t l = 0; l < size - whole; ++l) rest[l] = exp_nonpositive(values[whole + l] - max);
   } else {
-    for (int64_t i = 0; i < size; ++i) values[i] = values[i] == max ? A(1) : exp_nonpositive(values[i] - max);
+    for (int64_t i = 0; i < size; ++i) rest[i % kLanes] += values[i] == max ? A(1) : exp_nonpositive(values[i] - max);
   }
-  return lane_sum(values, size);
+#pragma GCC unroll 8
+  for (int64_t p = 0; p < lanes.parts; ++p) lanes.part[p] += load(rest + p * lanes.width);
+  return lanes.sum();
 }
 
 // exp_nonpositive is 0 below this.

@@ -99,7 +99,7 @@ void reduce_tile(A* score, A scale, int64_t rows, int64_t columns, A* row_max, A
     for (int64_t j = 0; j < columns; ++j) {
       column_sum[j] += row[j] == column_max[j] ? A(1) : exp_nonpositive(row[j] - column_max[j]);
     }
-    row_sum[i] = exponentiate(row, columns, row_max[i]);
+    row_sum[i] = sum_of_exponentials(row, columns, row_max[i]);
   }
 }
 
