@@ -19,8 +19,9 @@ constexpr int64_t kSumBlock = 8;                     // squares summed at a stre
 constexpr int64_t kGradColumns = 64;                 // components of a tile in the backward pass
 constexpr int64_t kGradBlock = 2 * kRowBlock;        // rows of such a tile
 constexpr int64_t kGradRows = 4 * kGradBlock;        // rows that a task takes there, at least
-constexpr int64_t kGradTasks = 64, kRowGroups = 2;   // about how many tasks there are, at most so many side by side
-constexpr int64_t kMomentValues = 1 << 20;           // of sums that components keep for these
+constexpr int64_t kGradTasks = 64;                   // about how many tasks there are …
+constexpr int64_t kSideBySide = 2;                   // … that many with the same components, where there are plenty
+constexpr int64_t kMomentValues = 1 << 20;           // of sums that components keep for these groups of rows
 constexpr int64_t kSlabValues = 1 << 21;             // of partial sums of dz
 // How many rows of log-joints, and how many components' gradients, the registers hold at once.
 constexpr int64_t kJointRows = kVectorBytes == 64 ? 8 : 4, kPulls = kVectorBytes == 64 ? 4 : 2;
@@ -291,11 +292,12 @@ class Backward {
  public:
   Backward(const T* points, const Components<A>& mixture, int64_t rows, const A* row_grad, const A* row_lse)
       : z(points), c(mixture), N(rows), grad(row_grad), lse(row_lse) {
-    const int64_t fitting_groups = std::max(kMomentValues / (c.K * c.padded), int64_t{1});
-    row_groups = std::min({(N + kGradRows - 1) / kGradRows, kRowGroups, fitting_groups});
-    const int64_t parts = kGradTasks / std::max(row_groups, int64_t{1});
-    columns_per_group = round_up((c.K + parts - 1) / parts, kGradColumns);
+    const int64_t row_groups_kept = std::clamp(kMomentValues / (c.K * c.padded), int64_t{1}, kGradTasks);
+    const int64_t column_parts = kGradTasks / std::min(row_groups_kept, kSideBySide);
+    columns_per_group = round_up((c.K + column_parts - 1) / column_parts, kGradColumns);
     column_groups = (c.K + columns_per_group - 1) / columns_per_group;
+    row_groups = std::min({(kGradTasks + column_groups - 1) / column_groups, (N + kGradRows - 1) / kGradRows,
+                           row_groups_kept});
     const int64_t fitting = kSlabValues / (column_groups * c.padded) / kGradBlock * kGradBlock;
     slab_rows = std::min(N, std::max(fitting, row_groups * kGradRows));
     rows_per_group = row_groups == 0 ? 0 : round_up((slab_rows + row_groups - 1) / row_groups, kGradBlock);

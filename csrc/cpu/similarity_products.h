@@ -93,7 +93,7 @@ class TileProducts {
   using A = float;
   static constexpr int64_t kRows = kSquare, kColumns = kTileDepth, kPitch = kColumns + 16;
   // More at a time than PanelProducts: the third-level cache is slow for registers that compute so fast.
-  static constexpr int64_t kTogether = 16, kRowGroups = 16, kTakenColumns = kColumns, kSlabValues = 1 << 22;
+  static constexpr int64_t kTogether = 16, kRowGroups = 64, kTakenColumns = kColumns, kSlabValues = 1 << 22;
   static constexpr double kSpeed = 2;
 
   struct Space {
