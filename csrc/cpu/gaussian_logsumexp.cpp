@@ -1,7 +1,8 @@
 // CPU kernels of gaussian_logsumexp and its backward. Contract: python/ncpvae/ops/gaussian_logsumexp.py.
 //
-// Log-joints log w_k N(z_n; k) are formed in tiles that stay in the cache, always from t = (z − mean)/std itself. Work
-// is cut by shape alone, and partial results are merged in order, so that the number of threads does not show.
+// Log-joints log w_k N(z_n; k) are formed in tiles that stay in the cache, always from t = (z − mean)/std itself: the
+// square is never expanded. Work is cut by shape alone, and partial results are merged in order, so that the number of
+// threads does not show.
 #include <algorithm>
 #include <cmath>
 #include <optional>

@@ -6,12 +6,9 @@
 #include <vector>
 
 #include "convert.h"
+#include "philox_lanes.h"
 #include "tensor.h"
 #include "vector_math.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace ncpvae {
 namespace {
@@ -22,53 +19,12 @@ constexpr int64_t kChunkGrain = 16;      // chunks worth a thread of their own
 constexpr int64_t kInverted = 1 << 14;   // at most so many standard deviations are inverted before the step
 constexpr int64_t kMaxDims = 64;
 
-typedef Vector<uint64_t> Wide;  // 32-bit words in 64-bit lanes; what the upper halves hold does not matter
-constexpr int64_t kWideLanes = VectorOf<uint64_t>::lanes;
-
-// The products of the lower halves.
-inline Wide multiply_words(Wide a, Wide b) {
-#if defined(__AVX512F__)
-  return bits_as<Wide>(_mm512_maskz_mul_epu32(0xff, bits_as<__m512i>(a), bits_as<__m512i>(b)));
-#elif defined(__AVX2__)
-  return bits_as<Wide>(_mm256_mul_epu32(bits_as<__m256i>(a), bits_as<__m256i>(b)));
-#elif defined(__SSE2__)
-  return bits_as<Wide>(_mm_mul_epu32(bits_as<__m128i>(a), bits_as<__m128i>(b)));
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
-// words[i][b] = word i of block first_block + b: `random_words` for many blocks side by side.
+// words[i][b] = word i of block first_block + b
 void fill_words(Seed seed, uint64_t first_block, uint32_t (&words)[4][kBlocks]) {
-  const auto key = static_cast<uint64_t>(seed.key), stream = static_cast<uint64_t>(seed.stream);
-  Wide lane, zero = {};
-  for (int64_t l = 0; l < kWideLanes; ++l) lane[l] = static_cast<uint64_t>(l);
-  constexpr int64_t chains = 2;  // independent ones, because a round has to wait for its products
-  for (int64_t b = 0; b < kBlocks; b += chains * kWideLanes) {
-    Wide x[chains][4];
-    for (int64_t c = 0; c < chains; ++c) {
-      const Wide index = lane + (first_block + static_cast<uint64_t>(b + c * kWideLanes));
-      x[c][0] = index;
-      x[c][1] = index >> 32;
-      x[c][2] = zero;
-      x[c][3] = zero + stream;
-    }
-    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 2
-      for (int64_t c = 0; c < chains; ++c) {
-        const Wide product0 = multiply_words(x[c][0], zero + kPhiloxMultiplier0);
-        const Wide product1 = multiply_words(x[c][2], zero + kPhiloxMultiplier1);
-        x[c][0] = (product1 >> 32) ^ x[c][1] ^ key0;
-        x[c][1] = product1;
-        x[c][2] = (product0 >> 32) ^ x[c][3] ^ key1;
-        x[c][3] = product0;
-      }
-      key0 += kPhiloxWeyl0;
-      key1 += kPhiloxWeyl1;
-    }
-    for (int64_t c = 0; c < chains; ++c) {
+  for (int64_t b = 0; b < kBlocks; b += kAbreast) {
+    Wide x[kChains][4];
+    fill_words(seed, first_block + static_cast<uint64_t>(b), 0, x);
+    for (int64_t c = 0; c < kChains; ++c) {
       for (int64_t i = 0; i < 4; ++i) {
         for (int64_t l = 0; l < kWideLanes; ++l) {
           words[i][b + c * kWideLanes + l] = static_cast<uint32_t>(x[c][i][l]);

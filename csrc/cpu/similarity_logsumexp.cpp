@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <tuple>
 
-#include "tensor.h"
 #include "convert.h"
 #include "similarity_products.h"
+#include "tensor.h"
 
 namespace ncpvae {
 namespace {
@@ -87,13 +87,13 @@ void reduce_tile(A* score, A scale, int64_t rows, int64_t columns, A* row_max, A
   A max, min;
   scale_tile<kPitch>(score, scale, rows, columns, max, min);
   for (int64_t j = 0; j < columns; ++j) column_sum[j] = 0;
-  if (max < INFINITY && (max - min <= range ||
-                         max - find_maxima<kPitch>(score, rows, columns, row_max, column_max) <= range)) {
+  bool shared = max - min <= range;  // not with infinities
+  if (!shared) shared = max - find_maxima<kPitch>(score, rows, columns, row_max, column_max) <= range;
+  if (shared) {
     for (int64_t i = 0; i < rows; ++i) row_max[i] = max;
     for (int64_t j = 0; j < columns; ++j) column_max[j] = max;
     return sum_tile<kPitch>(score, max, rows, columns, row_sum, column_sum);
   }
-  find_maxima<kPitch>(score, rows, columns, row_max, column_max);
   for (int64_t i = 0; i < rows; ++i) {
     A* row = score + i * kPitch;
     for (int64_t j = 0; j < columns; ++j) {

@@ -123,7 +123,9 @@ class TileProducts {
     pack(column_squares, [&](int64_t square, float* plain, float* turned) {
       copy_square(x_rows, square, K, plain);
       for (int64_t d = 0; d < depth_squares; ++d) {
-        if (with_gradients) pack_right<kPieces<T>, true>(plain + d * kSquare, padded, sums(x_sums, column_squares, square, d));
+        if (with_gradients) {
+          pack_right<kPieces<T>, true>(plain + d * kSquare, padded, sums(x_sums, column_squares, square, d));
+        }
         transpose_square(plain + d * kSquare, padded, turned, kSquare);
         pack_right<kPieces<T>, true>(turned, kSquare,
                                      x_inner.get() + (square * depth_squares + d) * kVectorSquare);
@@ -192,7 +194,9 @@ class TileProducts {
   const float* row_gradients(int64_t n) const { return dz.get() + n * padded; }
   const float* column_gradients(int64_t k, float* space) const {
     const int64_t stride = column_squares * kSquare;
-    for (int64_t d = 0; d < padded; d += kSquare) transpose_square(dx.get() + d * stride + k, stride, space + d, padded);
+    for (int64_t d = 0; d < padded; d += kSquare) {
+      transpose_square(dx.get() + d * stride + k, stride, space + d, padded);
+    }
     return space;
   }
   int64_t row_length() const { return padded; }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "convert.h"
+#include "philox_lanes.h"
 #include "tensor.h"
 #include "vector_math.h"
 
@@ -19,6 +20,7 @@ constexpr int64_t kBlock = 16;       // elements that a pick passes over at once
 constexpr int64_t kSumGroup = 128;   // elements summed in the weights' own precision, before float64
 constexpr int64_t kGroups = kTile / kSumGroup;
 constexpr int64_t kDrawGroup = 64;   // draws of a row that are picked together
+constexpr int64_t kSideBySide = 8;   // draws of a group from which on they are decided side by side
 constexpr int64_t kHeldTiles = 16;   // rows of no more tiles are kept, exponentiated, until their draws are done
 constexpr int64_t kTileGrain = 32;   // tiles worth a thread of their own
 constexpr double kNone = -INFINITY;  // key of a draw without a choice
@@ -145,33 +147,70 @@ struct Row {
   const Tile<A>* held;  // or null where a tile that wins is to be loaded again
 };
 
+// What a group of draws has come to: the best key so far, the tile that has it or −1, and where in it the draw falls.
+struct Choice {
+  alignas(64) double key[kDrawGroup], threshold[kDrawGroup];
+  alignas(64) int64_t tile[kDrawGroup];
+};
+
+// uniform52 of words side by side
+inline Vector<double> uniform52(Wide high, Wide low) {
+  const Wide cell = (high & 0xffffffffu) << 20 | (low & 0xffffffffu) >> 12;
+  return ((bits_as<Vector<double>>(cell | bits_as<uint64_t>(0x1p52)) - 0x1p52) + 0.5) * 0x1p-52;
+}
+
+// Lets a tile compete for `count` draws, the first of which has this number: sir::draw side by side.
+void compete(Seed seed, uint64_t first_draw, int64_t count, uint32_t tile_number, const Summary& tile, int64_t t,
+             Choice& choice) {
+  for (int64_t start = 0; start < count; start += kAbreast) {
+    Wide words[kChains][4];
+    fill_words(seed, first_draw + static_cast<uint64_t>(start), tile_number, words);
+    for (int64_t c = 0; c < kChains; ++c) {
+      const int64_t d = start + c * kWideLanes;
+      const Vector<double> exponential = -fast_log(uniform52(words[c][0], words[c][1]));
+      const Vector<double> key = tile.log_max + fast_log(tile.total / exponential);
+      const Vector<double> threshold = uniform52(words[c][2], words[c][3]) * tile.total;
+      const Vector<double> best = load(choice.key + d);
+      const auto wins = key > best;
+      store(choice.key + d, wins ? key : best);
+      store(choice.threshold + d, wins ? threshold : load(choice.threshold + d));
+      store(choice.tile + d, wins ? Vector<int64_t>{} + t : load(choice.tile + d));
+    }
+  }
+}
+
 // Decides the draws [first, last) of a row; `space` is room for one tile.
 template <typename T, typename A = Accumulate<T>>
 void draw_group(const Problem<T>& p, int64_t row, const Row<A>& tiles, int64_t first, int64_t last, const State& state,
                 Tile<A>& space) {
-  int64_t winner[kDrawGroup];
-  double threshold[kDrawGroup];
-  for (int64_t d = first; d < last; ++d) {
-    const int64_t row_draw = row * p.draws + d;
-    winner[d - first] = -1;
-    for (int64_t t = 0; t < p.tiles(); ++t) {
-      const sir::Draw draw = sir::draw(p.seed, row_draw, static_cast<uint32_t>(p.next_tile + t), tiles.summaries[t]);
-      if (draw.key > state.key[row_draw]) {
-        state.key[row_draw] = draw.key;
-        winner[d - first] = t;
-        threshold[d - first] = draw.threshold;
-      }
+  const int64_t start = row * p.draws + first, count = last - first;
+  Choice choice;
+  const bool side_by_side = count >= kSideBySide;
+  for (int64_t d = 0; d < count; ++d) choice.key[d] = state.key[start + d], choice.threshold[d] = 0, choice.tile[d] = -1;
+  for (int64_t d = count; side_by_side && d % kAbreast != 0; ++d) {
+    choice.key[d] = kNone, choice.threshold[d] = 0, choice.tile[d] = -1;
+  }
+  for (int64_t t = 0; t < p.tiles(); ++t) {
+    const auto number = static_cast<uint32_t>(p.next_tile + t);
+    if (side_by_side) {
+      compete(p.seed, start, count, number, tiles.summaries[t], t, choice);
+      continue;
+    }
+    for (int64_t d = 0; d < count; ++d) {
+      const sir::Draw draw = sir::draw(p.seed, start + d, number, tiles.summaries[t]);
+      if (draw.key > choice.key[d]) choice.key[d] = draw.key, choice.threshold[d] = draw.threshold, choice.tile[d] = t;
     }
   }
-  for (int64_t d = first; d < last; ++d) {
-    const int64_t t = winner[d - first];
+  for (int64_t d = 0; d < count; ++d) {
+    const int64_t t = choice.tile[d];
     if (t < 0) continue;
     if (!tiles.held) p.load(row, t, space);
     const Tile<A>& tile = tiles.held ? tiles.held[t] : space;
-    for (int64_t same = d; same < last; ++same) {
-      if (winner[same - first] != t) continue;
-      winner[same - first] = -1;
-      state.index[row * p.draws + same] = p.next_index + t * kTile + pick(tile, threshold[same - first]);
+    for (int64_t same = d; same < count; ++same) {
+      if (choice.tile[same] != t) continue;
+      choice.tile[same] = -1;
+      state.key[start + same] = choice.key[same];
+      state.index[start + same] = p.next_index + t * kTile + pick(tile, choice.threshold[same]);
     }
   }
 }
