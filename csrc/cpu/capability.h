@@ -9,7 +9,7 @@
 
 namespace ncpvae {
 
-// Whether there is AMX with bfloat16 and Linux lets this process use it, which must be asked for once.
+// Whether there is AMX with bfloat16 and Linux lets this process use it, which must be asked for once and is not undone.
 inline bool has_tiles() {
 #if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;          // of leaf 7

@@ -70,6 +70,24 @@ inline const A* widened(const T* from, int64_t count, A* space) {
   }
 }
 
+// The largest absolute value, 0 of none; NaN where one of them is.
+template <typename T, typename A = Accumulate<T>>
+inline A largest_magnitude(const T* values, int64_t size) {
+  using Bits = std::conditional_t<sizeof(A) == sizeof(uint32_t), uint32_t, uint64_t>;
+  constexpr int64_t stretch = 1024;
+  Bits largest = 0;  // as integers, these are in the order of the numbers, and NaN comes last
+  for (int64_t start = 0; start < size; start += stretch) {
+    const int64_t count = size - start < stretch ? size - start : stretch;
+    A space[stretch];
+    const A* here = widened(values + start, count, space);
+    for (int64_t i = 0; i < count; ++i) {
+      const Bits magnitude = bits_as<Bits>(here[i]) & (~Bits{0} >> 1);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+  }
+  return bits_as<A>(largest);
+}
+
 // to[i] = from[i] rounded to the nearest, ties to even
 template <typename T, typename A>
 inline void narrow(const A* from, int64_t count, T* to) {

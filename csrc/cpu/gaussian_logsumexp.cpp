@@ -8,8 +8,9 @@
 #include <optional>
 #include <tuple>
 
-#include "tensor.h"
+#include "convert.h"
 #include "panels.h"
+#include "tensor.h"
 
 namespace ncpvae {
 namespace {
@@ -36,7 +37,7 @@ struct Components {
   int64_t K, D, padded;  // padded: D rounded up
   Buffer<A> mean_panels, inverse_std_panels, offset, mean_rows, inverse_std_rows;
   Buffer<bool> near;     // of panels
-  bool ordinary = true;  // with rows: whether every std is within 2^±16, so that its square is harmless
+  bool ordinary = true;  // with rows: whether every std is within 2^±16 and every mean within ±2^20
 
   template <typename T>
   Components(const T* mean, const T* log_std, const T* log_weight, int64_t components, int64_t depth, bool with_rows)
@@ -70,8 +71,8 @@ struct Components {
     for (int64_t k = 0; k < K && ordinary; ++k) {
       bool outside = false;
       for (int64_t d = 0; d < D; ++d) {
-        const A s = inverse_std_rows[k * padded + d];
-        outside |= !(s >= A(0x1p-16)) | !(s <= A(0x1p16));
+        const A s = inverse_std_rows[k * padded + d], m = std::abs(mean_rows[k * padded + d]);
+        outside |= !(s >= A(0x1p-16)) | !(s <= A(0x1p16)) | !(m <= A(0x1p20));
       }
       ordinary = !outside;
     }
@@ -239,7 +240,7 @@ inline bool all_zero(const A* values) {
 
 // What `components` components from the tile's column `first` on and the rows of the tile give to each other: the rows
 // Σ_k ρ t/std, the components Σ_n ρ t and Σ_n ρ t². Rows where all these ρ are zero are passed over, which with one
-// component is what keeps 0 · ∞ out. kOrdinary: every std is, so that t may be scaled by it after the sums.
+// component is what keeps 0 · ∞ out. kOrdinary: all sizes are such that t may be scaled by std after the sums.
 template <bool kOrdinary, int64_t components, typename A>
 inline void exchange(const Responsibilities<A>& rho, int64_t first, const A* z, const A* mean, const A* inverse_std,
                      int64_t stride, A* dz, A* scratch, double* first_moment, double* second_moment) {
@@ -306,6 +307,9 @@ class Backward {
     second_moment = uninitialised<double>(row_groups * c.K * c.padded);
     mass = uninitialised<double>(row_groups * c.K);
     pull = uninitialised<A>(column_groups * slab_rows * c.padded);
+    const A largest_grad = largest_magnitude(grad, N);
+    ordinary = c.ordinary && largest_magnitude(z, N * c.D) <= A(0x1p20) && largest_grad >= A(0x1p-40) &&
+               largest_grad <= A(0x1p40);
   }
 
   template <typename W>
@@ -374,7 +378,7 @@ class Backward {
     int64_t j = 0;
     const auto exchange_with = [&](auto components) {
       const int64_t row = (k + j) * c.padded, moment = (row_group * c.K + k + j) * c.padded;
-      const auto function = c.ordinary ? exchange<true, components, A> : exchange<false, components, A>;
+      const auto function = ordinary ? exchange<true, components, A> : exchange<false, components, A>;
       function(rho, j, space.rows.get(), c.mean_rows.get() + row, c.inverse_std_rows.get() + row, c.padded,
                space.pull.get(), space.sums.get(), first_moment.get() + moment, second_moment.get() + moment);
       j += components;
@@ -427,6 +431,7 @@ class Backward {
   int64_t N;
   const A *grad, *lse;
   int64_t columns_per_group, column_groups, rows_per_group, row_groups, slab_rows;
+  bool ordinary;  // whether sums of ρ (z − mean) and of its square cannot leave the range of A where those of t do not
   Buffer<double> first_moment, second_moment, mass;  // [row_groups, K, padded], the last [row_groups, K]
   Buffer<A> pull;                                    // [column_groups, slab_rows, padded]
 };

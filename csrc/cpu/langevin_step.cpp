@@ -129,8 +129,9 @@ Broadcast broadcast(const char* op, const char* name, const Tensor& tensor, cons
 // would otherwise be read two values at a time.
 template <typename T>
 void repeat_short_block(Broadcast& view, std::vector<T>& storage) {
-  const int64_t period = view.size[view.dims - 1], total = view.size[0] * period;
-  if (view.dims != 2 || view.stride[0] != 0 || period >= kChunk || total == 0) return;
+  if (view.dims != 2 || view.stride[0] != 0 || view.size[1] >= kChunk) return;
+  const int64_t period = view.size[1], total = view.size[0] * period;
+  if (total == 0) return;
   const int64_t written = std::min(total, (4 * kChunk + period - 1) / period * period);
   storage.resize(written);
   const T* values = static_cast<const T*>(view.data);

@@ -57,7 +57,7 @@ Buffer<A> zeros(int64_t size) {
 // How many tasks a thread must have to be worth its start, where one task takes `operations` multiply-adds.
 inline int64_t tasks_per_thread(double operations) {
   constexpr double kWorthAThread = 1 << 20;
-  return operations >= kWorthAThread ? 1 : static_cast<int64_t>(kWorthAThread / operations) + 1;
+  return operations >= kWorthAThread ? 1 : static_cast<int64_t>(kWorthAThread / (operations < 1 ? 1 : operations)) + 1;
 }
 
 // rows [first, first + rows) of a row-major [.., columns] array, converted, into `to` of row length `stride`

@@ -3,6 +3,7 @@
 // Scores are formed in tiles of Products::kRows × kColumns that stay in the cache. Work is cut by shape alone, and
 // partial results are merged in order, so that the number of threads does not show in the result.
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "convert.h"
@@ -155,8 +156,9 @@ struct Side {
 template <typename Products, typename A = typename Products::A>
 class Backward {
  public:
-  Backward(const Products& made, const Side<A>& rows, const Side<A>& columns, A factor, int64_t depth)
-      : products(made), z(rows), x(columns), scale(factor), D(depth) {
+  // The sides' gradients are in units of `grad_unit`.
+  Backward(const Products& made, const Side<A>& rows, const Side<A>& columns, A factor, A grad_unit, int64_t depth)
+      : products(made), z(rows), x(columns), scale(factor), unit(grad_unit), D(depth) {
     slab_columns = std::min(round_up(x.size, tile_columns), kSlabTiles * tile_columns);
     const int64_t fitting = Products::kSlabValues / slab_columns, slabs = (z.size + fitting - 1) / fitting;
     slab_rows = slabs == 0 ? 0 : round_up((z.size + slabs - 1) / slabs, block);
@@ -177,7 +179,7 @@ class Backward {
     finish(x.size, x_gradient, [this](int64_t k, A* space) { return products.column_gradients(k, space); });
     double total = 0;
     for (int64_t b = 0; b < (z.size + block - 1) / block; ++b) total += dscale[b];
-    return total;
+    return total * unit;
   }
 
  private:
@@ -278,7 +280,8 @@ class Backward {
     return total;
   }
 
-  // gradient[size, D] = scale times the sums, of which `sums` gives a block at a time, in space of its own or in this
+  // gradient[size, D] = scale times the sums, which are in their unit and of which `sums` gives a block at a time, in
+  // space of its own or in this
   template <typename T, typename F>
   void finish(int64_t size, T* gradient, F&& sums) const {
     const int64_t blocks = (size + block - 1) / block, length = products.row_length();
@@ -287,7 +290,7 @@ class Backward {
       for (int64_t i = begin * block; i < std::min(end * block, size); i += block) {
         const A* sum = sums(i, space.get());
         for (int64_t row = i; row < std::min(i + block, size); ++row, sum += length) {
-          for (int64_t d = 0; d < D; ++d) gradient[row * D + d] = static_cast<T>(scale * sum[d]);
+          for (int64_t d = 0; d < D; ++d) gradient[row * D + d] = static_cast<T>(scale * sum[d] * unit);
         }
       }
     });
@@ -295,42 +298,48 @@ class Backward {
 
   const Products& products;
   const Side<A>&z, &x;
-  A scale;
+  A scale, unit;
   int64_t D, slab_rows, slab_columns;
   Buffer<A> slab;         // tiles, rows of a column of tiles one after the other
   Buffer<double> dscale;  // by block of rows
 };
 
-// Whether every number is finite and of ordinary size, so that products on tile registers are as good as any: their
-// pieces cannot overflow, nor meet an infinity with the zeros that its other pieces would be, and those that are too
-// small for a normal number, which the registers take for zero, are nothing beside the largest.
+// Whether numbers are of ordinary size, so that products on tile registers are as good as any: their pieces cannot
+// overflow, nor meet an infinity with the zeros that its other pieces would be, and those too small for a normal
+// number, which the registers take for zero, are nothing beside the largest, in inner products too.
 template <typename T>
 bool ordinary(const T* values, int64_t size) {
-  constexpr int64_t stretch = 1024;
-  const uint32_t least = bits_as<uint32_t>(0x1p-60f), most = bits_as<uint32_t>(0x1p40f);
-  uint32_t largest = 0;
-  for (int64_t start = 0; start < size; start += stretch) {
-    const int64_t count = std::min(size - start, stretch);
-    float space[stretch];
-    const float* here = widened(values + start, count, space);
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t magnitude = bits_as<uint32_t>(here[i]) & 0x7fffffffu;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    if (largest > most) return false;
-  }
-  return largest == 0 || largest >= least;
+  const float largest = largest_magnitude(values, size);
+  return largest == 0 || (largest >= 0x1p-30f && largest <= 0x1p40f);
+}
+
+// Gradients of both sides' logsumexps in units of a power of two, which is the first of the results: 1 unless they are
+// extremely small or large, infinity or NaN where one of them is. Changed ones are put into `space`.
+template <typename A>
+std::tuple<A, const A*, const A*> in_units(const A* rows, int64_t N, const A* columns, int64_t K, Buffer<A>& space) {
+  const A row_size = largest_magnitude(rows, N), column_size = largest_magnitude(columns, K);
+  const A size = row_size > column_size || row_size != row_size ? row_size : column_size;
+  if (!std::isfinite(size)) return {size, rows, columns};
+  if (size == 0 || (size >= A(0x1p-40) && size <= A(0x1p40))) return {A(1), rows, columns};
+  int exponent;
+  std::frexp(size, &exponent);
+  const A unit = std::ldexp(A(1), std::clamp(exponent, -120, 120));
+  space = uninitialised<A>(N + K);
+  for (int64_t i = 0; i < N; ++i) space[i] = rows[i] / unit;
+  for (int64_t j = 0; j < K; ++j) space[N + j] = columns[j] / unit;
+  return {unit, space.get(), space.get() + N};
 }
 
 // Calls f with the products of z's rows and x's. The choice is by shape and values, so that it is the same in both
 // passes: a score that is alone in its row cancels against its logsumexp only where it is the same to the last bit.
+// `plain`: not on tile registers in any case.
 template <typename T, typename A, typename F>
 void with_products(const T* z, const T* x, [[maybe_unused]] A scale, int64_t N, int64_t K, int64_t D, bool gradients,
-                   F&& f) {
+                   [[maybe_unused]] bool plain, F&& f) {
 #if NCPVAE_TILES
   if constexpr (std::is_same_v<A, float>) {
     using Products = TileProducts<T>;
-    if (Products::suit(N, K, D) && ordinary(&scale, 1) && ordinary(z, N * D) && ordinary(x, K * D)) {
+    if (!plain && Products::suit(N, K, D) && ordinary(&scale, 1) && ordinary(z, N * D) && ordinary(x, K * D)) {
       return f(Products(z, x, N, K, D, gradients));
     }
   }
@@ -365,7 +374,7 @@ std::tuple<Tensor, Tensor> similarity_logsumexp(Tensor z, Tensor x, Tensor scale
     using T = decltype(zero);
     using A = Accumulate<T>;
     const A scaling = static_cast<A>(factor);
-    with_products(data<T>(dense_z), data<T>(dense_x), scaling, N, K, D, false, [&](const auto& products) {
+    with_products(data<T>(dense_z), data<T>(dense_x), scaling, N, K, D, false, false, [&](const auto& products) {
       forward(products, scaling, N, K, D, mutable_data<A>(lse_z), mutable_data<A>(lse_x));
     });
   });
@@ -393,10 +402,14 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(Tensor grad_z, 
   dispatch_floating(op, "z", z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    const Side<A> rows{N, data<A>(grad_z), data<A>(lse_z)}, columns{K, data<A>(grad_x), data<A>(lse_x)};
-    const A scaling = static_cast<A>(factor);
-    with_products(data<T>(dense_z), data<T>(dense_x), scaling, N, K, D, true, [&](const auto& products) {
-      Backward<std::decay_t<decltype(products)>> backward(products, rows, columns, scaling, D);
+    Buffer<A> space;
+    const auto [unit, by_row, by_column] = in_units(data<A>(grad_z), N, data<A>(grad_x), K, space);
+    const Side<A> rows{N, by_row, data<A>(lse_z)}, columns{K, by_column, data<A>(lse_x)};
+    const A scaling = static_cast<A>(factor), grad_unit = unit;
+    const bool infinite = !std::isfinite(unit);  // then all that matters is where infinities and NaN go
+    with_products(data<T>(dense_z), data<T>(dense_x), scaling, N, K, D, true, infinite, [&](const auto& products) {
+      using Products = std::decay_t<decltype(products)>;
+      Backward<Products> backward(products, rows, columns, scaling, infinite ? A(1) : grad_unit, D);
       scale_gradient = backward.run(mutable_data<T>(dz), mutable_data<T>(dx));
     });
   });

@@ -159,7 +159,8 @@ inline Vector<double> uniform52(Wide high, Wide low) {
   return ((bits_as<Vector<double>>(cell | bits_as<uint64_t>(0x1p52)) - 0x1p52) + 0.5) * 0x1p-52;
 }
 
-// Lets a tile compete for `count` draws, the first of which has this number: sir::draw side by side.
+// Lets a tile compete for `count` draws, the first of which has this number: sir::draw side by side, up to the last bits
+// of its logarithms.
 void compete(Seed seed, uint64_t first_draw, int64_t count, uint32_t tile_number, const Summary& tile, int64_t t,
              Choice& choice) {
   for (int64_t start = 0; start < count; start += kAbreast) {

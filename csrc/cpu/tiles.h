@@ -1,9 +1,9 @@
 // Products of float matrices on the tile registers of Intel's AMX, which multiply bfloat16 and sum in float32.
 //
 // A float32 is the sum of three bfloat16 numbers, its pieces, a float16 of two. A product of two numbers is the sum of
-// the products of their pieces, of which those below 2⁻²⁴ of it are left out: six of nine remain for float32, and the
-// sums are as accurate as float32's own. See Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence
-// datatype for higher-precision computations", 2019.
+// the products of their pieces, of which those of about 2⁻²⁴ of it and less are left out: six of nine remain for
+// float32, and the sums are as accurate as float32's own. See Henry, Tang, Heinecke, "Leveraging the bfloat16
+// artificial intelligence datatype for higher-precision computations", 2019.
 //
 // Operands are packed in squares of kSquare × kSquare numbers: two registers for each piece, in which words of two
 // numbers lie side by side. Which two is ours to choose, as long as both operands agree: number l of a stretch of
@@ -19,10 +19,12 @@
 
 // Without AMX the registers can be arrays, slow and visible to sanitizers: tests/test_native.py asks for that. GCC has
 // the shuffles since version 12.
-#if (defined(__AMX_BF16__) || defined(NCPVAE_EMULATED_TILES)) && __has_builtin(__builtin_shufflevector)
-#define NCPVAE_TILES 1
-#else
 #define NCPVAE_TILES 0
+#if (defined(__AMX_BF16__) || defined(NCPVAE_EMULATED_TILES)) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#undef NCPVAE_TILES
+#define NCPVAE_TILES 1
+#endif
 #endif
 
 namespace ncpvae {
@@ -127,7 +129,7 @@ inline void multiply_squares(const uint32_t* left, const uint32_t* right, int64_
       load_tile<4>(left + i * kPieceWords), load_tile<5>(left + i * kPieceWords + kTileWords);
 #pragma GCC unroll 3
       for (int64_t j = 0; j < right_pieces; ++j) {
-        if (i + j >= 3) continue;  // below 2⁻²⁴ of the product
+        if (i + j >= 3) continue;  // about 2⁻²⁴ of the product
         load_tile<6>(right + j * kPieceWords), load_tile<7>(right + j * kPieceWords + kTileWords);
         multiply_tiles<0, 4, 6>(), multiply_tiles<1, 4, 7>(), multiply_tiles<2, 5, 6>(), multiply_tiles<3, 5, 7>();
       }

@@ -382,6 +382,15 @@ def test_gradients_at_any_std(odd, device):
         assert ((one.double().cpu() - exact).abs() <= 1e-5 * largest).all()
 
 
+@pytest.mark.parametrize(("far", "grad"), [(1e16, 1e8), (1e20, 1.0), (1.0, 1e37), (1.0, 1e-37)])
+def test_extreme_sizes_stay_within_float32(far, grad):
+    """On the CPU: (z − mean)² and the gradient times it may leave the range that t² stays in."""
+    inputs = [torch.full((1, 1), far), torch.zeros(1, 1), torch.full((1, 1), 11.0)]
+    got = gradients(ops.gaussian_logsumexp, inputs, torch.tensor([grad]))
+    for one, truth in zip(got, gradients(dense, double(*inputs), torch.tensor([grad])), strict=True):
+        torch.testing.assert_close(one.double(), truth, rtol=1e-5, atol=1e-44)
+
+
 @pytest.mark.parametrize("wanted", range(4))
 def test_each_argument_alone_gets_its_gradient(wanted, device):
     inputs = tensors(6, 5, 4, device=device)

@@ -184,6 +184,44 @@ def test_scores_that_dominate_take_the_whole_gradient(dtype, device):
     torch.testing.assert_close(got, (grad[:, None] * x).to(dtype))
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-30, 1e30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_extreme_gradients_keep_their_digits(dtype, size):
+    """On the CPU: products on matrix registers take the smallest numbers for zero."""
+    inputs = [*tensors(64, 70, 64, dtype, "cpu"), torch.tensor(0.1)]
+    cotangents = [size * torch.randn(n, dtype=torch.float64) for n in (64, 70)]
+    got, truth = (
+        gradients(op, arguments, cotangents)
+        for op, arguments in ((ops.similarity_logsumexp, inputs), (dense, double(*inputs)))
+    )
+    for one, two in zip(got[:2], truth[:2], strict=True):
+        assert (one.double() - two).norm() <= (1e-2 if dtype == torch.bfloat16 else 2e-6) * two.norm()
+
+
+@pytest.mark.parametrize("size", [1e-17, 1e-8, 1e8])
+def test_extreme_vectors_keep_the_gradient_of_the_scale(size):
+    z, x = (size * t for t in tensors(64, 70, 64, torch.float32, "cpu"))
+    inputs = [z, x, torch.tensor(1.0 if size < 1 else 1e-16)]
+    cotangents = [torch.rand(n, dtype=torch.float64) for n in (64, 70)]
+    got, truth = gradients(ops.similarity_logsumexp, inputs, cotangents), gradients(dense, double(*inputs), cotangents)
+    for one, two in zip(got, truth, strict=True):
+        assert (one.double() - two).norm() <= 2e-5 * two.norm()
+
+
+def test_an_infinite_gradient_is_not_lost_in_nan():
+    z, x = tensors(64, 64, 64, torch.float32, "cpu")
+    grad = torch.zeros(64)
+    grad[3] = INF
+    inputs = [z, x, torch.tensor(0.1)]
+    (_, got, _), (_, truth, _) = (
+        torch.autograd.grad(op(*leaves)[0], leaves, grad)
+        for op, leaves in (
+            (op, [t.clone().requires_grad_() for t in inputs]) for op in (ops.similarity_logsumexp, dense)
+        )
+    )
+    assert truth.isinf().all() and torch.equal(got, truth)
+
+
 def test_gradients_below_the_range_of_float16_count(device):
     """Each score's share of the gradient is below float16's smallest number; their sum is not."""
     z, x = tensors(50, 400, 8, torch.float64, "cpu")
