@@ -12,7 +12,7 @@ namespace ncpvae {
 // Whether there is AMX with bfloat16 and Linux lets this process use it, which must be asked for once and is not undone.
 inline bool has_tiles() {
 #if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
-  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;          // of leaf 7
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;  // of leaf 7, in edx
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16) || !(d & kTile)) return false;

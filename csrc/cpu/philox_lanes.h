@@ -1,7 +1,7 @@
 // Philox for many blocks side by side, in vector registers; the words are those of philox.h.
 #pragma once
 
-#include "../philox.h"
+#include "philox.h"
 #include "vector_math.h"
 
 #if defined(__SSE2__)
